@@ -1,0 +1,118 @@
+"""What is stored in a checkpoint's ``quantization_config``: only what changes bytes on disk.
+
+Letters used throughout the package: ``m`` tokens, ``n`` out_features, ``k`` in_features, ``g`` group size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from .errors import ConfigError
+
+QUANT_METHOD = "turboquant_weights"
+FORMAT_VERSION = 1
+MAX_SEED = 2**32 - 1
+BASE_BITS = (2, 3, 4)
+RESIDUAL_BITS = (0, 1, 2, 3, 4)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class TurboQuantConfig:
+    """How weights are quantized. Immutable; equal configs and equal weights give equal bytes.
+
+    Args:
+        bits: Bits of the base plane, 2, 3 or 4.
+        residual_bits: Bits of the nested residual plane, 0 (none) to 4. ``bits=4, residual_bits=4`` is lossless in practice.
+        group_size: Columns that one Hadamard rotation mixes: 32, 64 or 128. A layer whose ``in_features`` it does not
+            divide uses the largest smaller power of two that fits (FORMAT.md section 3).
+        seed: Seed of the random signs, 0 to 2**32 - 1. Layers with the same seed and input share one rotation.
+        skip: Glob patterns (``fnmatch``) of module names that stay as they are, e.g. ``("lm_head", "*.router")``.
+            In a saved checkpoint these are the exact names of the layers that were left alone. ``None`` means the
+            default: the output head and whatever shares its weight.
+        source: Provenance written by this package into checkpoints (model, revision, package version). Not an input
+            of the algorithm.
+        format_version: Version of FORMAT.md. This package reads and writes version 1.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the field and the allowed values.
+    """
+
+    bits: int = 4
+    residual_bits: int = 0
+    group_size: int = 128
+    seed: int = 0
+    skip: tuple[str, ...] | None = None
+    source: dict[str, str] | None = dataclasses.field(default=None, compare=False)
+    format_version: int = FORMAT_VERSION
+    # A class attribute, not a field: Transformers dispatches on it and nobody may change it.
+    quant_method = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        _require_member("bits", self.bits, BASE_BITS)
+        _require_member("residual_bits", self.residual_bits, RESIDUAL_BITS)
+        _require_member("group_size", self.group_size, GROUP_SIZES)
+        if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed!r}: it must be an integer from 0 to {MAX_SEED}")
+        if self.format_version != FORMAT_VERSION or type(self.format_version) is not int:
+            raise ConfigError(
+                f"format_version is {self.format_version!r}: this package reads version {FORMAT_VERSION}; "
+                "install a newer turboquant-weights if the checkpoint is newer"
+            )
+        if self.skip is not None:
+            if isinstance(self.skip, str) or not all(isinstance(p, str) for p in self.skip):
+                raise ConfigError(f"skip is {self.skip!r}: it must be a list of glob patterns such as ['lm_head']")
+            object.__setattr__(self, "skip", tuple(self.skip))
+        if self.source is not None and not (
+            isinstance(self.source, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.source.items())
+        ):
+            raise ConfigError(f"source is {self.source!r}: it must map strings to strings")
+
+    @property
+    def total_bits(self) -> int:
+        """Bits per weight of both planes, without scales."""
+        return self.bits + self.residual_bits
+
+    @property
+    def label(self) -> str:
+        """Short name in tables: ``4``, ``4+2``."""
+        return f"{self.bits}+{self.residual_bits}" if self.residual_bits else str(self.bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dictionary, as stored under ``quantization_config`` in ``config.json``."""
+        out: dict[str, Any] = {"quant_method": QUANT_METHOD}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TurboQuantConfig:
+        """Inverse of :meth:`to_dict`. An unknown key is an error, never ignored: it could change the bytes."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"quantization_config is {type(values).__name__}: it must be a JSON object")
+        values = dict(values)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ConfigError(f"quant_method is {method!r}: this package reads {QUANT_METHOD!r}")
+        version = values.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:  # before unknown keys: a newer version explains them
+            cls(format_version=version)
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"quantization_config has unknown keys {unknown}: allowed are {sorted(known)}. "
+                "Remove them, or install the turboquant-weights that wrote this checkpoint"
+            )
+        return cls(**values)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _require_member(name: str, value: object, allowed: tuple[int, ...]) -> None:
+    if type(value) is not int or value not in allowed:
+        raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}")

@@ -1,0 +1,95 @@
+"""The operator table: schema, fake kernel, dispatch and gradient of each op, in one place.
+
+Everything above this file calls ``torch.ops.turboquant_weights``; kernels are imported inside the dispatch functions. One
+op per forward, so that ``torch.compile`` sees one opaque node and eager mode pays one dispatch.
+
+``residual`` is None for a layer without a residual plane *or* for one that runs its base plane alone; then
+``residual_bits`` is 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import PackedWeight
+
+_LIBRARY = torch.library.Library("turboquant_weights", "DEF")
+_WEIGHT = "Tensor codes, Tensor? residual, Tensor scales, Tensor exponents"
+_LAYOUT = "int in_features, int bits, int residual_bits, int group_size, int seed"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+_LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
+_LIBRARY.define(f"linear_input_gradient(Tensor grad, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    packed = PackedWeight(codes, residual, scales, exponents)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    return reference.linear(x, packed, bias, in_features, **layout)
+
+
+def _linear_input_gradient(
+    grad: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    packed = PackedWeight(codes, residual, scales, exponents)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    return reference.linear_input_gradient(grad, packed, in_features, **layout)
+
+
+# The plain-PyTorch reference serves every device until a backend registers something faster for its own key.
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("turboquant_weights::linear", lib=_LIBRARY)
+def _(x, codes, residual, scales, exponents, bias, in_features, bits, residual_bits, group_size, seed):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.register_fake("turboquant_weights::linear_input_gradient", lib=_LIBRARY)
+def _(grad, codes, residual, scales, exponents, in_features, bits, residual_bits, group_size, seed):
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, codes, residual, scales, exponents, bias, *layout = inputs
+    ctx.save_for_backward(codes, residual, scales, exponents)
+    ctx.layout = layout
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.turboquant_weights.linear_input_gradient(grad, *ctx.saved_tensors, *ctx.layout)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (grad_x, None, None, None, None, grad_bias, *([None] * len(ctx.layout)))
+
+
+torch.library.register_autograd("turboquant_weights::linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+linear = torch.ops.turboquant_weights.linear

@@ -1,0 +1,328 @@
+"""The specification, in plain PyTorch: how a weight matrix becomes planes and scales, and back. Runs on every device.
+
+Shapes: weight ``[n, k]``; ``c = padded_features(k)`` stored columns; ``codes`` uint8 ``[n, c*bits/8]``; ``residual`` uint8
+``[n, c*residual_bits/8]`` or None; ``scales`` uint8 ``[n, c/32]``; ``exponents`` int8 ``[n]``. Then::
+
+    rotate(W)[i, j] = level(index[i, j]) * scale_value(scales[i, j // 32]) * 2**exponents[i]
+
+Scales are bytes: ``v = m`` for ``e = 0`` and ``(32 + m) << (e - 1)`` otherwise, with ``e`` the high 3 and ``m`` the low 5
+bits, i.e. the half-precision number with the bits ``byte << 5``, times 2**19. A power of two per row puts the largest
+scale of the row into the top octave. So every tensor is an integer tensor (``.half()`` leaves it alone), a scale costs
+0.25 bit per weight, and a GPU decodes it with one shift.
+
+The scale of a block is searched, not computed from its norm: of the representable scales around the norm's, the one with
+the least squared error wins. That takes a quarter of the error away at 4 bits. The search is exact for the three best of a
+ranking that reads each entry's error from a table over magnitudes (one ``embedding_bag`` per chunk of rows).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codebook import UNIT, boundary_tensor, level_tensor, levels
+from .errors import QuantizationError
+from .packing import pack, packed_columns, unpack
+from .rotation import SCALE_BLOCK, pad_columns, padded_features, rotate, rotation_block, unrotate
+
+# Elements handled at a time: bounds the temporary memory (about 150 bytes per element at the peak of the search).
+_CHUNK = 1 << 21
+# Search window, scale over RMS, by total bits: finer codebooks clip less and want smaller scales.
+_WINDOW = {
+    2: (0.60, 1.60),
+    3: (0.64, 1.45),
+    4: (0.66, 1.38),
+    5: (0.62, 1.26),
+    6: (0.60, 1.20),
+    7: (0.56, 1.16),
+    8: (0.54, 1.16),
+}
+_BINS = 2048
+_EXACT = 3
+_TOP = 11  # the largest scale value lies in [2**11, 2**12)
+_MIN_EXPONENT, _MAX_EXPONENT = -128, 127
+
+
+class PackedWeight(NamedTuple):
+    """One quantized matrix, in the canonical byte order of FORMAT.md."""
+
+    codes: Tensor
+    residual: Tensor | None
+    scales: Tensor
+    exponents: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self if t is not None)
+
+
+class Quantized(NamedTuple):
+    """Result of :func:`quantize_weight`; ``error`` is ``||W - W'||^2 / ||W||^2`` (0 for a zero matrix)."""
+
+    weight: PackedWeight
+    error: float
+
+
+def packed_shapes(
+    out_features: int, in_features: int, bits: int, residual_bits: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of the stored tensors of one layer."""
+    columns = padded_features(in_features)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((out_features, packed_columns(columns, bits)), torch.uint8),
+        "scales": ((out_features, columns // SCALE_BLOCK), torch.uint8),
+        "exponents": ((out_features,), torch.int8),
+    }
+    if residual_bits:
+        shapes["residual"] = ((out_features, packed_columns(columns, residual_bits)), torch.uint8)
+    return shapes
+
+
+@functools.cache
+def scale_values() -> tuple[int, ...]:
+    """The 256 values of a scale byte, ascending: 0, 1, ..., 63, 64, 66, ..., 4032."""
+    return tuple(b & 31 if b < 32 else (32 + (b & 31)) << ((b >> 5) - 1) for b in range(256))
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_tensor(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(scale_values(), dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_boundaries(device: torch.device) -> Tensor:
+    values = torch.tensor(scale_values(), dtype=torch.float32)
+    return ((values[1:] + values[:-1]) / 2).to(device)
+
+
+def _nearest_index(x: Tensor, boundaries: Tensor) -> Tensor:
+    return torch.bucketize(x, boundaries, out_int32=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _search_table(bits: int, residual_bits: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Candidate scales [96] (three octaves around 1), squared error [bins, 96] of a magnitude bin, bins per unit."""
+    candidates = torch.cat([(32 + torch.arange(32)) / 32 * octave for octave in (0.5, 1.0, 2.0)])
+    largest = 2 * UNIT[bits] * SCALE_BLOCK**0.5  # a block's RMS, in these units, is below 2 * UNIT
+    magnitudes = (torch.arange(_BINS) + 0.5) * (largest / _BINS)
+    ratio = magnitudes[:, None] / candidates[None, :]
+    nearest = level_tensor(bits, residual_bits)[_nearest_index(ratio, boundary_tensor(bits, residual_bits)).long()]
+    errors = ((ratio - nearest) * candidates[None, :]).square()
+    return candidates.to(device), errors.to(device), _BINS / largest
+
+
+def _rank_scales(blocks: Tensor, rms: Tensor, bits: int, residual_bits: int) -> Tensor:
+    """Blocks [b, 32] with their RMS [b]: the most promising scales [b, 3], best first (of a zero block: zeros)."""
+    candidates, errors, bins_per_unit = _search_table(bits, residual_bits, blocks.device)
+    unit_rms = rms / UNIT[bits]
+    octave = torch.exp2(torch.frexp(unit_rms)[1].float() - 1)  # power of two: unit_rms / octave lies in [1, 2)
+    step = torch.where(rms > 0, bins_per_unit / octave, 0)
+    bins = (blocks.abs() * step[:, None]).int().clamp_(max=_BINS - 1)
+    estimate = torch.nn.functional.embedding_bag(bins, errors, mode="sum")
+    low, high = _WINDOW[bits + residual_bits]
+    fraction = candidates[None, :] * (octave / unit_rms)[:, None]
+    estimate.masked_fill_((fraction < low) | (fraction > high), torch.inf)
+    best = estimate.topk(_EXACT, 1, largest=False).indices
+    return torch.where(rms > 0, octave, 0)[:, None] * candidates[best]
+
+
+def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated float32 rows [r, c] of magnitude about one -> index uint8 [r, c], scales uint8 [r, c/32], exponents
+    int32 [r], squared error float32 [r]."""
+    table = level_tensor(bits, residual_bits, rows.device)
+    boundaries = boundary_tensor(bits, residual_bits, rows.device)
+    values = _scale_tensor(rows.device, torch.float32)
+    blocks = rows.view(-1, SCALE_BLOCK)
+    ranked = _rank_scales(blocks, blocks.square().mean(1).sqrt(), bits, residual_bits)
+    largest = ranked[:, 0].view(rows.shape[0], -1).amax(1)
+    exponents = torch.where(largest > 0, torch.frexp(largest)[1] - 1 - _TOP, 0)
+    per_block = torch.exp2(exponents.float()).repeat_interleave(rows.shape[1] // SCALE_BLOCK)
+
+    best_error = best_byte = best_index = None
+    for choice in range(_EXACT):
+        byte = _nearest_index(ranked[:, choice] / per_block, _scale_boundaries(rows.device))
+        scale = (values[byte.long()] * per_block)[:, None]
+        index = _nearest_index(torch.where(scale > 0, blocks / scale, 0), boundaries)
+        error = (blocks - table[index.long()] * scale).square().sum(1)
+        index = index.to(torch.uint8)
+        if best_error is None:
+            best_error, best_byte, best_index = error, byte, index
+        else:
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_byte = torch.where(better, byte, best_byte)
+            best_index = torch.where(better[:, None], index, best_index)
+    assert best_error is not None and best_byte is not None and best_index is not None
+    return (
+        best_index.view(rows.shape),
+        best_byte.to(torch.uint8).view(rows.shape[0], -1),
+        exponents,
+        best_error.view(rows.shape[0], -1).sum(1),
+    )
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    # The sum is finite only if every entry is, up to overflow; the slow search runs when something looks wrong.
+    if torch.isfinite(weight.sum(dtype=torch.float32)):
+        return
+    finite = torch.isfinite(weight)
+    if finite.all():
+        return
+    row, column = (int(i) for i in (~finite).nonzero()[0])
+    raise QuantizationError(
+        f"{name}: weight[{row}, {column}] is {weight[row, column].item()}: weights must be finite. "
+        "Repair the checkpoint, or leave the layer out with skip=[...]"
+    )
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor,
+    *,
+    bits: int = 4,
+    residual_bits: int = 0,
+    group_size: int = 128,
+    seed: int = 0,
+    name: str = "weight",
+) -> Quantized:
+    """Quantizes a matrix ``[n, k]`` of float32, float16 or bfloat16 without data, on the device it is on.
+
+    Rows are independent: quantizing rows apart and concatenating the results gives the same planes up to the rounding of
+    the rotation. ``name`` is used in errors.
+
+    Raises:
+        QuantizationError: not a matrix, not floating point, or an entry is NaN or infinite.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise QuantizationError(
+            f"{name}: got a {weight.dtype} tensor of shape {tuple(weight.shape)}: "
+            "a non-empty floating-point matrix [out_features, in_features] is needed"
+        )
+    _check_finite(weight, name)
+    n, k = weight.shape
+    columns, block = padded_features(k), rotation_block(k, group_size)
+    parts = []
+    error = norm = 0.0
+    for rows in weight.split(max(1, _CHUNK // columns)):
+        rows = rows.float()
+        # Powers of two per row keep squares inside float32 for any magnitude, and change no digit.
+        shift = torch.frexp(rows.abs().amax(1))[1].clamp(-126, 126)
+        rows = rotate(pad_columns(rows * torch.exp2(-shift.float())[:, None], columns), block, seed)
+        index, scales, exponents, row_error = _quantize_rows(rows, bits, residual_bits)
+        exponents = exponents + shift
+        # Below 2**-128 there is no exponent left: such a row is zero (its entries are below 1e-34).
+        scales = torch.where((exponents >= _MIN_EXPONENT)[:, None], scales, 0)
+        exponents = exponents.clamp(_MIN_EXPONENT, _MAX_EXPONENT).to(torch.int8)
+        codes = pack(index >> residual_bits if residual_bits else index, bits)
+        residual = pack(index & ((1 << residual_bits) - 1), residual_bits) if residual_bits else None
+        parts.append((codes, residual, scales, exponents))
+        # Relative to the matrix: put the rows' powers of two back, in float64.
+        weights = torch.exp2(2 * shift.double())
+        error += float((row_error.double() * weights).sum())
+        norm += float((rows.square().sum(1).double() * weights).sum())
+    codes, residual, scales, exponents = (
+        None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True)
+    )
+    return Quantized(PackedWeight(codes, residual, scales, exponents), error / norm if norm else 0.0)
+
+
+@functools.lru_cache(maxsize=32)
+def _pair_table(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256, 8 / bits]: all levels of a packed byte at once, for widths that divide 8."""
+    byte = torch.arange(256)
+    fields = torch.stack([(byte >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1)
+    return torch.tensor(levels(bits), dtype=dtype)[fields].to(device)
+
+
+def _decode_rows(packed: PackedWeight, bits: int, residual_bits: int, dtype: torch.dtype) -> Tensor:
+    """Rotated weights [n, c] of ``dtype``. The product level * scale is rounded once to ``dtype``."""
+    codes = packed.codes
+    if packed.residual is not None:
+        index = (unpack(codes, bits) << residual_bits) | unpack(packed.residual, residual_bits)
+        decoded = level_tensor(bits, residual_bits, codes.device)[index.int()]
+    elif 8 % bits == 0:
+        table = _pair_table(bits, codes.device, torch.float32)
+        decoded = torch.nn.functional.embedding(codes.int(), table).flatten(-2)
+    else:
+        decoded = level_tensor(bits, 0, codes.device)[unpack(codes, bits).int()]
+    scale = _scale_tensor(codes.device, torch.float32)[packed.scales.int()]
+    scale = torch.ldexp(scale, packed.exponents[:, None].int())
+    blocks = decoded.unflatten(-1, (-1, SCALE_BLOCK)) * scale[..., None]
+    return blocks.flatten(-2).to(dtype)
+
+
+def dequantize_weight(
+    packed: PackedWeight,
+    in_features: int,
+    *,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The matrix ``[n, k]`` that the planes stand for, computed in float32 and rounded once to ``dtype``."""
+    block = rotation_block(in_features, group_size)
+    out = []
+    for part in _row_chunks(packed):
+        rows = _decode_rows(part, bits, residual_bits, torch.float32)
+        out.append(unrotate(rows, block, seed)[:, :in_features].to(dtype))
+    return torch.cat(out)
+
+
+def linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    in_features: int,
+    *,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    """``x @ W.T + bias`` with ``x`` [..., k] of any floating dtype; the result has that dtype.
+
+    The activation is rotated in float32 and rounded once; the decoded weight is rounded to the activation's dtype.
+    """
+    block = rotation_block(in_features, group_size)
+    columns = packed.scales.shape[-1] * SCALE_BLOCK
+    rotated = rotate(pad_columns(x.float(), columns), block, seed).to(x.dtype)
+    parts = [rotated @ _decode_rows(part, bits, residual_bits, x.dtype).T for part in _row_chunks(packed)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def linear_input_gradient(
+    grad: Tensor,
+    packed: PackedWeight,
+    in_features: int,
+    *,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    """``grad @ W`` with ``grad`` [..., n]: the gradient of :func:`linear` with respect to ``x``."""
+    block = rotation_block(in_features, group_size)
+    total = None
+    start = 0
+    for part in _row_chunks(packed):
+        stop = start + part.scales.shape[0]
+        term = (grad[..., start:stop] @ _decode_rows(part, bits, residual_bits, grad.dtype)).float()
+        total = term if total is None else total + term
+        start = stop
+    assert total is not None
+    return unrotate(total, block, seed)[..., :in_features].to(grad.dtype)
+
+
+def _row_chunks(packed: PackedWeight) -> list[PackedWeight]:
+    """Cuts the rows so that decoding needs bounded memory."""
+    step = max(1, (1 << 24) // max(1, packed.scales.shape[1] * SCALE_BLOCK))
+    if packed.scales.shape[0] <= step:
+        return [packed]
+    columns = [(None,) * len(range(0, packed.scales.shape[0], step)) if t is None else t.split(step) for t in packed]
+    return [PackedWeight(*part) for part in zip(*columns, strict=True)]
