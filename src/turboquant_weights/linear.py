@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +46,7 @@ class TurboQuantLinear(nn.Linear):
         self.residual_bits = config.residual_bits
         self.group_size = config.group_size
         self.seed = config.seed
+        self.quantization_error: float | None = None  # ||W - W'||^2 / ||W||^2, known where the layer was quantized
         shapes = packed_shapes(out_features, in_features, config.bits, config.residual_bits)
         for plane in PLANES:
             if plane in shapes:
@@ -96,7 +95,8 @@ class TurboQuantLinear(nn.Linear):
         layer = cls(in_features, packed.scales.shape[0], bias=False, config=config, device="meta")
         for plane, tensor in packed._asdict().items():
             if tensor is not None:
-                setattr(layer, plane, nn.Parameter(tensor, requires_grad=False))
+                parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                setattr(layer, plane, parameter)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
@@ -112,7 +112,7 @@ class TurboQuantLinear(nn.Linear):
         return self.dequantize()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [out_features, in_features] the planes stand for; ``dtype`` defaults to the bias's or torch's default."""
+        """The matrix [out_features, in_features]; ``dtype`` defaults to the bias's, or torch's default without one."""
         if dtype is None:
             dtype = self.bias.dtype if self.bias is not None else torch.get_default_dtype()
         return reference.dequantize_weight(

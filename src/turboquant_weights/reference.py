@@ -155,7 +155,9 @@ def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor,
             best_error = torch.where(better, error, best_error)
             best_byte = torch.where(better, byte, best_byte)
             best_index = torch.where(better[:, None], index, best_index)
-    assert best_error is not None and best_byte is not None and best_index is not None
+    assert best_error is not None
+    assert best_byte is not None
+    assert best_index is not None
     return (
         best_index.view(rows.shape),
         best_byte.to(torch.uint8).view(rows.shape[0], -1),
@@ -202,7 +204,7 @@ def quantize_weight(
             "a non-empty floating-point matrix [out_features, in_features] is needed"
         )
     _check_finite(weight, name)
-    n, k = weight.shape
+    k = weight.shape[1]
     columns, block = padded_features(k), rotation_block(k, group_size)
     parts = []
     error = norm = 0.0

@@ -1,0 +1,237 @@
+"""Walks a model, swaps its linear layers for quantized ones in place, and reports what was done and what was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from .config import TurboQuantConfig
+from .errors import ConfigError, QuantizationError
+from .linear import TurboQuantLinear, is_linear
+
+# Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
+_DENSE_BYTES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer. ``error`` is ``||W - W'||^2 / ||W||^2``; ``bytes`` count planes, scales, exponents and bias;
+    ``dense_bytes`` are the same layer's in bf16."""
+
+    name: str
+    label: str
+    out_features: int
+    in_features: int
+    error: float
+    bytes: int
+    dense_bytes: int
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the layer (bias included), over out_features * in_features."""
+        return 8 * self.bytes / (self.out_features * self.in_features)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport:
+    """What :func:`quantize_model` did.
+
+    ``layers`` in model order; ``skipped`` maps each linear layer left alone to the reason; ``other_bytes`` are the bf16
+    bytes of every parameter outside the quantized layers (embeddings, norms, skipped layers), each tied tensor once.
+    """
+
+    config: TurboQuantConfig
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+    other_bytes: int
+    seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """The whole model: quantized layers as stored, the rest in bf16."""
+        return sum(layer.bytes for layer in self.layers) + self.other_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """The whole model in bf16."""
+        return sum(layer.dense_bytes for layer in self.layers) + self.other_bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the whole model is than in bf16."""
+        return self.dense_bytes / self.total_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the quantized layers, everything counted."""
+        weights = sum(layer.out_features * layer.in_features for layer in self.layers)
+        return 8 * sum(layer.bytes for layer in self.layers) / weights
+
+    @property
+    def error(self) -> float:
+        """Mean relative squared error of the quantized layers."""
+        return sum(layer.error for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able summary with the per-layer list."""
+        return {
+            "config": self.config.to_dict(),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "skipped": self.skipped,
+            "total_bytes": self.total_bytes,
+            "dense_bytes": self.dense_bytes,
+            "ratio": self.ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "error": self.error,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.layers)} layers at {self.config.label} bits: {self.bits_per_weight:.3f} bits per weight, "
+            f"relative squared error {self.error:.2e}, {self.seconds:.1f} s",
+            f"whole model {self.total_bytes / 1e6:.1f} MB, {self.ratio:.2f}x smaller than bf16",
+        ]
+        lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+# Called with (model, config) after a model was quantized in place. The Transformers integration registers itself here,
+# so that save_pretrained works, without this module importing Transformers.
+on_quantized: list[Callable[[nn.Module, TurboQuantConfig], None]] = []
+
+
+def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """Which linear layers to quantize, and which not and why. Needs no weights: works on the meta device.
+
+    ``skip``: glob patterns of module names; None skips the output head and layers that share their weight with another
+    kind of module (tied embeddings), because quantizing those would untie them. A module that occurs under several names
+    is planned once, under the first.
+
+    Raises:
+        ConfigError: a pattern matches no linear layer.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    skipped: dict[str, str] = {}
+    if skip is None:
+        skipped = _default_skips(model, linears)
+    for pattern in skip or ():
+        matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
+        if not matches:
+            some = ", ".join(list(linears)[:3]) or "none at all"
+            raise ConfigError(
+                f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like {some}"
+            )
+        skipped.update((name, f"matches skip pattern {pattern!r}") for name in matches)
+    targets = [name for name in linears if name not in skipped]
+    return targets, {name: skipped[name] for name in linears if name in skipped}
+
+
+def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    skipped = {}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # On the meta device tied parameters are not shared yet: then Transformers' own list says what will be.
+    declared = set(getattr(model, "_tied_weights_keys", None) or ())
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        declared = set()
+    users: dict[int, int] = {}
+    for module in model.modules():
+        if not is_linear(module):
+            for parameter in module.parameters(recurse=False):
+                users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for name, module in linears.items():
+        if id(module.weight) in users or f"{name}.weight" in declared:
+            skipped[name] = "shares its weight with an embedding"
+        elif module is head:
+            skipped[name] = "output head; quantize it with skip=[]"
+    return skipped
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts ``new`` wherever the module called ``name`` occurs in ``model``, under all of its names."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[child_name] = new
+
+
+def quantize_model(
+    model: nn.Module,
+    config: TurboQuantConfig | None = None,
+    skip: Sequence[str] | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantizes every linear layer of ``model`` in place, one at a time: peak memory is the model plus one layer.
+
+    Args:
+        model: Any ``nn.Module`` on any device; ``nn.Linear`` and GPT-2's ``Conv1D`` layers are replaced.
+        config: Bits, group size, seed; default 4 bits.
+        skip: Glob patterns of layers to leave alone; overrides ``config.skip``. None in both: the output head and what
+            is tied to it. ``[]`` skips nothing.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        A report: per layer bits, error, bytes and time; each skipped layer with the reason; the whole-model ratio.
+
+    Raises:
+        ConfigError: a skip pattern matches nothing, or the model is quantized already.
+        QuantizationError: nothing to quantize, or a weight has NaN or Inf; names layer and position. Layers before it
+            are already quantized then, the failing one is untouched.
+    """
+    start = time.perf_counter()
+    config = config or TurboQuantConfig()
+    if any(isinstance(module, TurboQuantLinear) for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
+    targets, skipped = plan_layers(model, config.skip if skip is None else skip)
+    if not targets:
+        raise QuantizationError(
+            f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
+        )
+    config = dataclasses.replace(config, skip=tuple(skipped))
+    weights = [id(model.get_submodule(name).weight) for name in targets]
+    shared = {weight for weight in weights if weights.count(weight) > 1} if len(set(weights)) < len(weights) else set()
+    done: dict[int, tuple[object, TurboQuantLinear]] = {}  # of shared weights only; keeps the weight, so its id, alive
+    layers = []
+    for name in tqdm(targets, desc=f"quantizing to {config.label} bits", unit="layer", disable=not progress):
+        layer_start = time.perf_counter()
+        old = model.get_submodule(name)
+        tied = done.get(id(old.weight))
+        if tied is None:
+            new = TurboQuantLinear.from_linear(old, config, name=name)
+            if id(old.weight) in shared:
+                done[id(old.weight)] = (old.weight, new)
+        else:  # linear layers tied to each other stay tied: one set of planes
+            new = TurboQuantLinear.from_packed(tied[1].packed, tied[1].in_features, old.bias, config)
+            new.quantization_error = tied[1].quantization_error
+        replace_module(model, name, new)
+        layers.append(_layer_report(name, config, new, tied is not None, time.perf_counter() - layer_start))
+        del old
+    quantized = {id(p) for m in model.modules() if isinstance(m, TurboQuantLinear) for p in m.parameters()}
+    other = sum(p.numel() for p in model.parameters() if id(p) not in quantized) * _DENSE_BYTES
+    for hook in on_quantized:
+        hook(model, config)
+    return QuantizationReport(config, layers, skipped, other, time.perf_counter() - start)
+
+
+def _layer_report(name: str, config: TurboQuantConfig, layer: TurboQuantLinear, tied: bool, seconds: float) -> LayerReport:
+    bias = 0 if layer.bias is None else layer.bias.numel() * _DENSE_BYTES
+    planes = 0 if tied else layer.packed.nbytes
+    dense = 0 if tied else layer.out_features * layer.in_features * _DENSE_BYTES
+    return LayerReport(
+        name=name,
+        label=config.label,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        error=layer.quantization_error,
+        bytes=planes + bias,
+        dense_bytes=dense + bias,
+        seconds=seconds,
+    )
