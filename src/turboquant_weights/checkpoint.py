@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import TurboQuantConfig
+from .errors import ConfigError, FormatError
+from .header import Header, TensorInfo, read_header, read_json, short
+from .linear import PLANES
+from .reference import MAX_EXPONENT, MIN_EXPONENT, packed_shapes
+from .rotation import SCALE_BLOCK
 
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MANIFEST_FILE = "turboquant_weights.json"
+SUFFIX = ".safetensors"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8"}
+_FLOATS = ("F16", "BF16", "F32")
 
 
 @contextlib.contextmanager
@@ -38,12 +59,12 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         yield temporary
         _flush(temporary)
         _check_replaceable(target, overwrite)  # it may have appeared meanwhile
-        if target.exists():
-            target.rename(replaced)
         try:
+            if target.exists():
+                target.rename(replaced)
             temporary.rename(target)
         except BaseException:
-            if replaced.exists():
+            if replaced.exists() and not target.exists():
                 replaced.rename(target)
             raise
     finally:
@@ -68,3 +89,315 @@ def _flush(folder: Path) -> None:
         if file.is_file():
             with file.open("r+b") as stream:
                 os.fsync(stream.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """One quantized layer as stored; ``columns`` is in_features rounded up to a multiple of 32, ``nbytes`` includes the bias."""
+
+    name: str
+    out_features: int
+    columns: int
+    label: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checked folder holds. ``files`` maps file names to bytes, ``others`` the tensors that are not quantized."""
+
+    folder: Path
+    config: TurboQuantConfig
+    architecture: str
+    layers: tuple[LayerInfo, ...]
+    others: tuple[TensorInfo, ...]
+    files: dict[str, int]
+    has_manifest: bool
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of all quantized layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of all other tensors: embeddings, norms, skipped layers."""
+        return sum(tensor.nbytes for tensor in self.others)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the files that a model is loaded from."""
+        return sum(self.files.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, everything counted (weights: out_features x stored columns)."""
+        return 8 * self.quantized_bytes / sum(layer.out_features * layer.columns for layer in self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Result of :func:`verify`. ``checksums`` are SHA-256 by file; ``manifest_checked`` says whether they were compared."""
+
+    info: CheckpointInfo
+    checksums: dict[str, str]
+    manifest_checked: bool
+
+
+def validate(folder: str | os.PathLike[str]) -> CheckpointInfo:
+    """Checks names, shapes, dtypes, versions and sizes of a checkpoint from its JSON files and tensor headers alone.
+
+    No tensor is read and nothing is allocated for one. The first rule of FORMAT.md that is broken is reported.
+
+    Raises:
+        FormatError: with the file, the tensor, what was found, the rule and the cure.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FormatError(f"{root}: not a folder: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config, architecture = _read_config(root)
+    headers = _read_headers(root)
+    tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
+    layers, others = _sort_tensors(tensors, config)
+    names = [CONFIG_FILE, *([INDEX_FILE] if (root / INDEX_FILE).exists() else []), *headers]
+    has_manifest = (root / MANIFEST_FILE).exists()
+    if has_manifest:
+        _compare_manifest(root, config, headers)
+    files = {name: (root / name).stat().st_size for name in names}
+    return CheckpointInfo(root, config, architecture, layers, others, files, has_manifest)
+
+
+def verify(folder: str | os.PathLike[str]) -> Verification:
+    """:func:`validate`, then reads every byte: checksums against the manifest if there is one, exponents against their range.
+
+    Without a manifest (a folder that ``save_pretrained`` wrote) a changed byte cannot be told from a right one:
+    ``manifest_checked`` is False then.
+
+    Raises:
+        FormatError: a file differs from what was saved, or a value is out of range.
+    """
+    info = validate(folder)
+    listed = _read_manifest(info.folder)["files"] if info.has_manifest else {}
+    checksums = {name: _sha256(info.folder / name) for name in {**info.files, **listed}}
+    for name, entry in listed.items():
+        if checksums[name] != entry["sha256"]:
+            raise FormatError(
+                f"{name}: SHA-256 is {checksums[name]}, but {MANIFEST_FILE} says {entry['sha256']}: the file was changed or "
+                f"damaged after saving. Fetch it again (or delete {MANIFEST_FILE} if you changed it on purpose)"
+            )
+    for name in info.files:
+        if name.endswith(SUFFIX):
+            _check_exponents(info.folder / name)
+    return Verification(info, checksums, info.has_manifest)
+
+
+def write_manifest(folder: str | os.PathLike[str]) -> None:
+    """Writes ``turboquant_weights.json``: size and SHA-256 of each file, so that :func:`verify` can find a changed byte.
+
+    Call it last. The folder is validated first; the model card and hidden files are not listed, they may be edited.
+    """
+    root = Path(folder)
+    (root / MANIFEST_FILE).unlink(missing_ok=True)
+    config = validate(root).config
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(root.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            if path.suffix == SUFFIX:
+                files[path.name]["header_sha256"] = read_header(path).sha256
+    manifest = {"format_version": config.format_version, "quantization_config": config.to_dict(), "files": files}
+    (root / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(root: Path) -> tuple[TurboQuantConfig, str]:
+    values = read_json(root / CONFIG_FILE, allow_nonfinite=True)  # some models store an infinite limit
+    quantization = values.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise FormatError(
+            f"{CONFIG_FILE}: quantization_config is {short(quantization)}: an object is needed. This is not a quantized model; "
+            "quantize it first"
+        )
+    config = _parse_config(quantization, CONFIG_FILE)
+    if config.skip is None:
+        raise FormatError(f"{CONFIG_FILE}: skip is null: a checkpoint must list the linear layers that are not quantized")
+    architectures = values.get("architectures")
+    known = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
+    return config, architectures[0] if known else "unknown"
+
+
+def _parse_config(values: dict[str, Any], file: str) -> TurboQuantConfig:
+    for key in ("quant_method", "format_version", "bits", "residual_bits", "group_size", "seed"):
+        if key not in values:
+            raise FormatError(f"{file}: quantization_config has no {key!r}: a reader must not guess it. Restore the file")
+    try:
+        return TurboQuantConfig.from_dict(values)
+    except ConfigError as error:
+        raise FormatError(f"{file}: {error}") from None
+    except RecursionError:
+        raise FormatError(f"{file}: quantization_config is nested too deeply") from None
+
+
+def _read_headers(root: Path) -> dict[str, Header]:
+    """File name -> header, of every safetensors file the checkpoint consists of."""
+    single, index = root / WEIGHTS_FILE, root / INDEX_FILE
+    if single.exists() == index.exists():
+        raise FormatError(
+            f"{root}: {'both' if single.exists() else 'neither'} {WEIGHTS_FILE} and {INDEX_FILE} exist: exactly one must. "
+            + ("Delete the older one" if single.exists() else "Only safetensors files are read; save the model with them")
+        )
+    if single.exists():
+        return {WEIGHTS_FILE: read_header(single)}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{INDEX_FILE}: weight_map is {short(weight_map)}: it must map tensor names to file names")
+    expected: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise FormatError(
+                f"{INDEX_FILE}: {short(tensor)} is in {short(file)}: it must be the name of a {SUFFIX} file in this folder"
+            )
+        expected.setdefault(file, set()).add(tensor)
+    headers = {file: read_header(root / file) for file in sorted(expected)}
+    for file, header in headers.items():
+        found = {tensor.name for tensor in header.tensors}
+        if found != expected[file]:
+            name = min(found ^ expected[file])
+            has, lacks = (file, INDEX_FILE) if name in found else (INDEX_FILE, file)
+            raise FormatError(
+                f"{file}: {short(name)} is listed by {has} but not for this file by {lacks}: both must agree. Fetch both again"
+            )
+    return headers
+
+
+def _sort_tensors(
+    tensors: dict[str, TensorInfo], config: TurboQuantConfig
+) -> tuple[tuple[LayerInfo, ...], tuple[TensorInfo, ...]]:
+    """Splits the tensors into quantized layers, each complete and consistent, and the rest."""
+    quantized: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in tensors.items():
+        layer, _, plane = name.rpartition(".")
+        if plane in PLANES:
+            quantized.setdefault(layer, {})[plane] = tensor
+    if not quantized:
+        raise FormatError("no tensor is called <layer>.codes: the checkpoint holds no quantized layer")
+    others = []
+    for name, tensor in tensors.items():
+        owner = _owner(name, quantized)
+        if owner is None:
+            others.append(tensor)
+        elif (part := name[len(owner) + 1 :]) in ("bias", "weight"):
+            quantized[owner][part] = tensor
+        elif part not in PLANES:
+            raise FormatError(
+                f"{short(name)}: a quantized layer has no such tensor: allowed are {', '.join(PLANES)} and bias"
+            )
+    layers = tuple(_check_layer(name, parts, config) for name, parts in sorted(quantized.items()))
+    return layers, tuple(others)
+
+
+def _owner(name: str, layers: Container[str]) -> str | None:
+    """The quantized layer inside which a tensor's name lies."""
+    end = name.rfind(".")
+    while end >= 0:
+        if name[:end] in layers:
+            return name[:end]
+        end = name.rfind(".", 0, end)
+    return "" if "" in layers and name in PLANES else None
+
+
+def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConfig) -> LayerInfo:
+    if not name:
+        raise FormatError(f"{short(min(parts))}: a tensor of this name must belong to a layer: <layer>.{min(parts)}")
+    assert config.skip is not None
+    if name in config.skip:
+        raise FormatError(f"{short(name)} is quantized, but listed under skip in {CONFIG_FILE}: it must be one or the other")
+    scales = parts.get("scales")
+    if scales is None or len(scales.shape) != 2 or 0 in scales.shape:
+        got = "missing" if scales is None else f"of shape {list(scales.shape)}"
+        raise FormatError(f"{short(name + '.scales')} is {got}: it must be a uint8 matrix [out_features, columns / 32]")
+    rows, columns = scales.shape[0], scales.shape[1] * SCALE_BLOCK
+    expected = {
+        plane: ((shape, _DTYPE_NAMES[dtype]))
+        for plane, (shape, dtype) in packed_shapes(rows, columns, config.bits, config.residual_bits).items()
+    }
+    for plane in PLANES:
+        tensor, rule = parts.get(plane), expected.get(plane)
+        got = None if tensor is None else (tensor.shape, tensor.dtype)
+        if got != rule:
+            raise FormatError(
+                f"{short(f'{name}.{plane}')} is {_describe(got)}: with {config.label} bits and scales {list(scales.shape)} "
+                f"it must be {_describe(rule)}. The config does not belong to these tensors, or one of them is damaged"
+            )
+    for part, size in (("bias", rows), ("weight", 0)):
+        tensor = parts.get(part)
+        if tensor is not None and (tensor.shape != (size,) or tensor.dtype not in _FLOATS):
+            raise FormatError(
+                f"{short(f'{name}.{part}')} is {_describe((tensor.shape, tensor.dtype))}: in a quantized layer it must be "
+                f"a float tensor of shape [{size}]"
+            )
+    return LayerInfo(name, rows, columns, config.label, sum(tensor.nbytes for tensor in parts.values()))
+
+
+def _describe(tensor: tuple[tuple[int, ...], str] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[1]} {list(tensor[0])}"
+
+
+def _check_exponents(path: Path) -> None:
+    with path.open("rb") as stream:
+        for tensor in read_header(path).tensors:
+            if not tensor.name.endswith(".exponents"):
+                continue
+            stream.seek(tensor.begin)
+            # As unsigned bytes, the forbidden exponents MAX_EXPONENT + 1 .. 127 are those same numbers.
+            largest = max((byte for byte in stream.read(tensor.nbytes) if byte < 128), default=0)
+            if largest > MAX_EXPONENT:
+                raise FormatError(
+                    f"{path.name}: {short(tensor.name)} holds {largest}: exponents must be {MIN_EXPONENT} to {MAX_EXPONENT}"
+                )
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    manifest = read_json(root / MANIFEST_FILE)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("quantization_config"), dict):
+        raise FormatError(f"{MANIFEST_FILE}: files and quantization_config must be objects: restore the file, or delete it")
+    for name, entry in files.items():
+        if "/" in name or "\\" in name or "\0" in name or not isinstance(entry, dict):
+            raise FormatError(
+                f"{MANIFEST_FILE}: {short(name)} must be a file name with an object: restore the file, or delete it"
+            )
+        if not isinstance(entry.get("sha256"), str) or type(entry.get("bytes")) is not int:
+            raise FormatError(f"{MANIFEST_FILE}: {short(name)} needs bytes and sha256: restore the file, or delete it")
+    return manifest
+
+
+def _compare_manifest(root: Path, config: TurboQuantConfig, headers: dict[str, Header]) -> None:
+    """The checks against the manifest that need no tensor: settings, file sizes, headers."""
+    manifest = _read_manifest(root)
+    hint = f"if the change is meant, delete {MANIFEST_FILE}"
+    saved = _parse_config(manifest["quantization_config"], MANIFEST_FILE)
+    if saved != config:
+        raise FormatError(f"{CONFIG_FILE}: {config} differs from what was saved, {saved}: restore it; {hint}")
+    for name, entry in manifest["files"].items():
+        try:
+            size = (root / name).stat().st_size
+        except (OSError, ValueError):  # ValueError: the name cannot be one
+            size = None
+        if name != CONFIG_FILE and size != entry["bytes"]:
+            got = "missing" if size is None else f"{size} bytes long"
+            raise FormatError(f"{short(name)} is {got}: {MANIFEST_FILE} says {entry['bytes']} bytes. Fetch it again; {hint}")
+    for name, header in headers.items():
+        entry = manifest["files"].get(name, {})
+        if entry.get("header_sha256") != header.sha256:
+            raise FormatError(f"{name}: its header is not the one that {MANIFEST_FILE} describes: fetch it again; {hint}")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+    except OSError as error:
+        raise FormatError(f"{path.name}: cannot be read ({error.strerror})") from None

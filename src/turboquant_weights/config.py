@@ -62,7 +62,7 @@ class TurboQuantConfig:
                 "install a newer turboquant-weights if the checkpoint is newer"
             )
         if self.skip is not None:
-            if isinstance(self.skip, str) or not all(isinstance(p, str) for p in self.skip):
+            if not isinstance(self.skip, (list, tuple)) or not all(isinstance(p, str) for p in self.skip):
                 raise ConfigError(f"skip is {self.skip!r}: it must be a list of glob patterns such as ['lm_head']")
             object.__setattr__(self, "skip", tuple(self.skip))
         if self.source is not None and not (

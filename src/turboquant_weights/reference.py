@@ -43,7 +43,8 @@ _WINDOW = {
 _BINS = 2048
 _EXACT = 3
 _TOP = 11  # the largest scale value lies in [2**11, 2**12)
-_MIN_EXPONENT, _MAX_EXPONENT = -128, 127
+# Of the int8 exponents, those above 100 are forbidden: decoded values and their sums over a block stay finite in float32.
+MIN_EXPONENT, MAX_EXPONENT = -128, 100
 
 
 class PackedWeight(NamedTuple):
@@ -196,7 +197,7 @@ def quantize_weight(
     the rotation. ``name`` is used in errors.
 
     Raises:
-        QuantizationError: not a matrix, not floating point, or an entry is NaN or infinite.
+        QuantizationError: not a matrix, not floating point, or an entry is NaN, infinite or above about 1e34.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise QuantizationError(
@@ -215,9 +216,16 @@ def quantize_weight(
         rows = rotate(pad_columns(rows * torch.exp2(-shift.float())[:, None], columns), block, seed)
         index, scales, exponents, row_error = _quantize_rows(rows, bits, residual_bits)
         exponents = exponents + shift
-        # Below 2**-128 there is no exponent left: such a row is zero (its entries are below 1e-34).
-        scales = torch.where((exponents >= _MIN_EXPONENT)[:, None], scales, 0)
-        exponents = exponents.clamp(_MIN_EXPONENT, _MAX_EXPONENT).to(torch.int8)
+        if int(exponents.max()) > MAX_EXPONENT:
+            raise QuantizationError(
+                f"{name}: entries up to {float(weight.abs().max()):.3g} are too large: about 1e34 is the limit. "
+                "Repair the checkpoint, or leave the layer out with skip=[...]"
+            )
+        # Below 2**-128 there is no exponent left: such a row is zero (its entries are below 1e-34), and the error says so.
+        lost = exponents < MIN_EXPONENT
+        scales = torch.where(lost[:, None], 0, scales)
+        row_error = torch.where(lost, rows.square().sum(1), row_error)
+        exponents = exponents.clamp(min=MIN_EXPONENT).to(torch.int8)
         codes = pack(index >> residual_bits if residual_bits else index, bits)
         residual = pack(index & ((1 << residual_bits) - 1), residual_bits) if residual_bits else None
         parts.append((codes, residual, scales, exponents))
