@@ -79,7 +79,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists: choose another folder, or allow overwriting it")
     if not (target / CONFIG_FILE).is_file():
         raise FileExistsError(
-            f"{target} is not a model folder (it has no {CONFIG_FILE}): only those are overwritten. Choose another, or delete it"
+            f"{target} is not a model folder (it has no {CONFIG_FILE}): only those are overwritten. "
+            "Choose another, or delete it"
         )
 
 
@@ -93,7 +94,7 @@ def _flush(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """One quantized layer as stored; ``columns`` is in_features rounded up to a multiple of 32, ``nbytes`` includes the bias."""
+    """One quantized layer as stored; ``columns`` is in_features rounded up to a multiple of 32, ``nbytes`` has the bias."""
 
     name: str
     out_features: int
@@ -168,7 +169,7 @@ def validate(folder: str | os.PathLike[str]) -> CheckpointInfo:
 
 
 def verify(folder: str | os.PathLike[str]) -> Verification:
-    """:func:`validate`, then reads every byte: checksums against the manifest if there is one, exponents against their range.
+    """:func:`validate`, then reads every byte: checksums against the manifest if there is one, and exponents.
 
     Without a manifest (a folder that ``save_pretrained`` wrote) a changed byte cannot be told from a right one:
     ``manifest_checked`` is False then.
@@ -214,15 +215,16 @@ def _read_config(root: Path) -> tuple[TurboQuantConfig, str]:
     quantization = values.get("quantization_config")
     if not isinstance(quantization, dict):
         raise FormatError(
-            f"{CONFIG_FILE}: quantization_config is {short(quantization)}: an object is needed. This is not a quantized model; "
-            "quantize it first"
+            f"{CONFIG_FILE}: quantization_config is {short(quantization)}: an object is needed. "
+            "This is not a quantized model; quantize it first"
         )
     config = _parse_config(quantization, CONFIG_FILE)
     if config.skip is None:
         raise FormatError(f"{CONFIG_FILE}: skip is null: a checkpoint must list the linear layers that are not quantized")
-    architectures = values.get("architectures")
-    known = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
-    return config, architectures[0] if known else "unknown"
+    match values.get("architectures"):
+        case [str(architecture), *_]:
+            return config, architecture
+    return config, "unknown"
 
 
 def _parse_config(values: dict[str, Any], file: str) -> TurboQuantConfig:
@@ -264,7 +266,8 @@ def _read_headers(root: Path) -> dict[str, Header]:
             name = min(found ^ expected[file])
             has, lacks = (file, INDEX_FILE) if name in found else (INDEX_FILE, file)
             raise FormatError(
-                f"{file}: {short(name)} is listed by {has} but not for this file by {lacks}: both must agree. Fetch both again"
+                f"{file}: {short(name)} is listed by {has} but not for this file by {lacks}: both must agree. "
+                "Fetch both again"
             )
     return headers
 
@@ -313,8 +316,10 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
         raise FormatError(f"{short(name)} is quantized, but listed under skip in {CONFIG_FILE}: it must be one or the other")
     scales = parts.get("scales")
     if scales is None or len(scales.shape) != 2 or 0 in scales.shape:
-        got = "missing" if scales is None else f"of shape {list(scales.shape)}"
-        raise FormatError(f"{short(name + '.scales')} is {got}: it must be a uint8 matrix [out_features, columns / 32]")
+        shape_text = "missing" if scales is None else f"of shape {list(scales.shape)}"
+        raise FormatError(
+            f"{short(name + '.scales')} is {shape_text}: it must be a uint8 matrix [out_features, columns / 32]"
+        )
     rows, columns = scales.shape[0], scales.shape[1] * SCALE_BLOCK
     expected = {
         plane: ((shape, _DTYPE_NAMES[dtype]))
@@ -329,11 +334,11 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
                 f"it must be {_describe(rule)}. The config does not belong to these tensors, or one of them is damaged"
             )
     for part, size in (("bias", rows), ("weight", 0)):
-        tensor = parts.get(part)
-        if tensor is not None and (tensor.shape != (size,) or tensor.dtype not in _FLOATS):
+        dense = parts.get(part)
+        if dense is not None and (dense.shape != (size,) or dense.dtype not in _FLOATS):
             raise FormatError(
-                f"{short(f'{name}.{part}')} is {_describe((tensor.shape, tensor.dtype))}: in a quantized layer it must be "
-                f"a float tensor of shape [{size}]"
+                f"{short(f'{name}.{part}')} is {_describe((dense.shape, dense.dtype))}: in a quantized layer it must be "
+                f"one of {', '.join(_FLOATS)} and of shape [{size}]"
             )
     return LayerInfo(name, rows, columns, config.label, sum(tensor.nbytes for tensor in parts.values()))
 
@@ -357,17 +362,15 @@ def _check_exponents(path: Path) -> None:
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
-    manifest = read_json(root / MANIFEST_FILE)
+    manifest, hint = read_json(root / MANIFEST_FILE), "restore the file, or delete it"
     files = manifest.get("files")
     if not isinstance(files, dict) or not isinstance(manifest.get("quantization_config"), dict):
-        raise FormatError(f"{MANIFEST_FILE}: files and quantization_config must be objects: restore the file, or delete it")
+        raise FormatError(f"{MANIFEST_FILE}: files and quantization_config must be objects: {hint}")
     for name, entry in files.items():
         if "/" in name or "\\" in name or "\0" in name or not isinstance(entry, dict):
-            raise FormatError(
-                f"{MANIFEST_FILE}: {short(name)} must be a file name with an object: restore the file, or delete it"
-            )
+            raise FormatError(f"{MANIFEST_FILE}: {short(name)} must name a file and hold an object: {hint}")
         if not isinstance(entry.get("sha256"), str) or type(entry.get("bytes")) is not int:
-            raise FormatError(f"{MANIFEST_FILE}: {short(name)} needs bytes and sha256: restore the file, or delete it")
+            raise FormatError(f"{MANIFEST_FILE}: {short(name)} needs bytes and sha256: {hint}")
     return manifest
 
 

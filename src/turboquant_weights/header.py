@@ -116,13 +116,14 @@ def read_header(path: Path) -> Header:
     for tensor in tensors:
         if tensor.begin != position:
             raise FormatError(
-                f"{path.name}: {tensor.name!r} begins at byte {tensor.begin}, where byte {position} is next: tensors must follow "
-                "one another without gap or overlap"
+                f"{path.name}: {short(tensor.name)} begins at byte {tensor.begin}, where byte {position} is next: "
+                "tensors must follow one another without gap or overlap"
             )
         position += tensor.nbytes
     if position != size:
         raise FormatError(
-            f"{path.name}: {size} bytes, but its header describes {position}: the file is truncated or damaged; fetch it again"
+            f"{path.name}: {size} bytes, but its header describes {position}: the file is truncated or damaged; "
+            "fetch it again"
         )
     return Header(tuple(tensors), hashlib.sha256(data).hexdigest())
 
