@@ -186,10 +186,19 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
                 f"{name}: SHA-256 is {checksums[name]}, but {MANIFEST_FILE} says {entry['sha256']}: the file was changed or "
                 f"damaged after saving. Fetch it again (or delete {MANIFEST_FILE} if you changed it on purpose)"
             )
+    check_values(info)
+    return Verification(info, checksums, info.has_manifest)
+
+
+def check_values(info: CheckpointInfo) -> None:
+    """Reads the exponents, the only stored values that can be out of range (FORMAT.md section 7). A loader must call it.
+
+    Raises:
+        FormatError: an exponent is forbidden.
+    """
     for name in info.files:
         if name.endswith(SUFFIX):
             _check_exponents(info.folder / name)
-    return Verification(info, checksums, info.has_manifest)
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:
