@@ -1,0 +1,84 @@
+"""Doors to other libraries. Nothing here imports them before the user does."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REGISTRY = "transformers.quantizers.auto"
+
+
+def register_lazily() -> None:
+    """Registers the quantizer as soon as Transformers' registry is imported: at once if it is already.
+
+    So ``import turboquant_weights`` works before and after ``import transformers``, and imports it in neither case.
+    """
+    wrapt.register_post_import_hook(_register, _REGISTRY)
+
+
+def _register(module: ModuleType) -> None:
+    from . import transformers
+
+    # Whoever imports that module first triggers this hook in the middle of it; it then registers at its own end.
+    if hasattr(transformers, "register"):
+        transformers.register()
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    base_only: bool = False,
+    device_map: Any = None,
+    dtype: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Loads a quantized checkpoint as a ready Transformers model, in evaluation mode.
+
+    Args:
+        folder: A folder written by :func:`save` or ``save_pretrained``, or a hub id. A folder is checked completely
+            before anything is allocated.
+        base_only: Leave the residual planes on disk and run the base planes alone, e.g. 4+4 as 4 bits.
+        device_map, dtype: As in ``from_pretrained``; ``dtype`` is that of the parts that are not quantized and of the
+            computation (default: the checkpoint's).
+        kwargs: Passed on to ``from_pretrained``.
+
+    Raises:
+        FormatError: the checkpoint breaks a rule of FORMAT.md, or a tensor is missing.
+        ConfigError: the model is not quantized by this package.
+        ImportError: Transformers is not installed.
+    """
+    from .transformers import load_quantized
+
+    return load_quantized(folder, base_only=base_only, device_map=device_map, dtype=dtype, **kwargs)
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+    overwrite: bool = False,
+) -> None:
+    """Writes a quantized Transformers model with checksums and a model card: completely, or not at all.
+
+    Args:
+        model: A model from ``quantize_model``, :func:`load` or ``from_pretrained(quantization_config=...)``.
+        folder: The folder to create. An existing one that is not empty is an error unless ``overwrite`` is true and it
+            is a model folder; then it is replaced as a whole once the new one is complete.
+        tokenizer: Saved beside the model if given.
+        max_shard_size: Of one file, as in ``save_pretrained``.
+
+    Raises:
+        ConfigError: the model is no Transformers model, or not quantized by this package.
+        FileExistsError: ``folder`` exists and must not be replaced.
+    """
+    from .transformers import save_quantized
+
+    save_quantized(model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size, overwrite=overwrite)

@@ -1,0 +1,62 @@
+"""The README.md inside a saved checkpoint. Its first job: nobody should load the folder without this package."""
+
+from __future__ import annotations
+
+from ..config import TurboQuantConfig
+
+LOAD_WITH = "turboquant_weights.load(folder), or `import turboquant_weights` before from_pretrained"
+
+_CARD = """\
+---
+library_name: transformers
+tags: [turboquant-weights, quantized]
+{front}---
+
+# {title}, {label}-bit TurboQuant Weights
+
+**Loading this model needs the package `turboquant-weights`.** Without it Transformers does not know the format and refuses
+to load the file (a size mismatch at a tensor of shape `[0]`, stored for exactly this purpose).
+
+```bash
+pip install "turboquant-weights[transformers]"
+```
+
+```python
+import turboquant_weights
+from transformers import AutoTokenizer
+
+model = turboquant_weights.load("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+`AutoModelForCausalLM.from_pretrained` works too once `turboquant_weights` is imported.{base_only}
+
+| | |
+|---|---|
+| base plane | {config.bits} bits |
+| residual plane | {residual} |
+| columns per rotation | up to {config.group_size} |
+| seed | {config.seed} |
+| linear layers left as they were | {skipped} |
+{provenance}"""
+
+_BASE_ONLY = "\n`turboquant_weights.load(folder, base_only=True)` loads the {bits}-bit base plane alone."
+
+
+def model_card(title: str, config: TurboQuantConfig) -> str:
+    """Markdown for the folder called ``title``; ``config`` is the one that is stored in it."""
+    source = dict(config.source or {})
+    source.pop("load_with", None)
+    model = source.get("model", "")
+    # Hub ids only: the hub rejects a card that names a file or folder here.
+    front = f"base_model: {model}\n" if model.count("/") == 1 else ""
+    return _CARD.format(
+        title=title,
+        label=config.label,
+        front=front,
+        config=config,
+        residual=f"{config.residual_bits} bits" if config.residual_bits else "none",
+        base_only=_BASE_ONLY.format(bits=config.bits) if config.residual_bits else "",
+        skipped=", ".join(f"`{name}`" for name in config.skip or ()) or "none",
+        provenance="".join(f"| {key} | `{value}` |\n" for key, value in source.items()),
+    )

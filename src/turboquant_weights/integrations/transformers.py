@@ -1,0 +1,465 @@
+"""Transformers: quantizing while loading, saving, loading, and the registration that makes ``from_pretrained`` know us.
+
+Two ways into ``from_pretrained``. *On the fly* the model is built with its dense layers on the meta device; as each float
+weight arrives on its device, :class:`QuantizeLinear` replaces the layer by a quantized one and drops the weight, so memory
+holds the quantized model plus one layer. *Pre-quantized* the dense layers are replaced before loading, and the file headers
+are compared with the planes that the model will need before a tensor is read: a plane that is missing, or of the wrong
+shape or type, is a FormatError and never a random or converted weight.
+
+The tripwire. A Transformers that does not know this package (``import turboquant_weights`` forgotten) ignores the
+quantization config with a log line, and would fill every quantized layer with random numbers. So each saved checkpoint holds
+one tensor too many: ``<first quantized layer>.weight`` of shape [0] and the model's dtype. To a reader that expects the dense
+weight it is a size mismatch, which Transformers refuses to load; this package ignores it.
+
+Only classes that exist while Transformers' registry is being imported are imported at the top: this module is loaded by
+an import hook in the middle of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import model as walker
+from ..checkpoint import atomic_folder, validate, write_manifest
+from ..config import QUANT_METHOD, TurboQuantConfig
+from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
+from ..header import TensorInfo, read_header
+from ..linear import PLANES, TurboQuantLinear, is_conv1d, is_linear
+from .model_card import LOAD_WITH, model_card
+
+logger = logging.get_logger(__name__)
+
+# Safetensors' names of the dtypes that a parameter may be stored in.
+_FLOATS = ("F16", "BF16", "F32")
+_DTYPES = {torch.uint8: ("U8",), torch.int8: ("I8",)}
+# True while `load(base_only=True)` runs: the quantizer is built deep inside from_pretrained, out of reach of arguments.
+_base_only: contextvars.ContextVar[bool] = contextvars.ContextVar("turboquant_base_only", default=False)
+
+
+class ConfigReader(QuantizationConfigMixin):
+    """What Transformers' registry asks to read ``config.json``. Its product is the package's own config."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = TurboQuantConfig.from_dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def register() -> None:
+    """Makes Transformers know ``quant_method: turboquant_weights``. A second call does nothing."""
+    if QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    register_quantization_config(QUANT_METHOD)(ConfigReader)
+    register_quantizer(QUANT_METHOD)(TurboQuantHfQuantizer)
+    walker.on_quantized.append(_attach_if_pretrained)
+
+
+class QuantizeLinear(ConversionOps):
+    """Transformers' loader hands it each dense weight that :meth:`TurboQuantHfQuantizer.param_needs_quantization` names."""
+
+    def __init__(self, quantizer: TurboQuantHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``{"<layer>.weight": dense}`` to ``{"<layer>.codes": ..., ...}``; other tensors pass through."""
+        missing: set[str] = kwargs.get("missing_keys") or set()
+        out: dict[str, Tensor] = {}
+        for key, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            layer, _, parameter = key.rpartition(".")
+            if parameter == "weight" and layer in self.quantizer.pending:
+                out.update(self.quantizer.quantize_layer(layer, tensor))
+                missing.discard(key)
+            else:
+                out[key] = tensor
+        return out
+
+
+class TurboQuantHfQuantizer(HfQuantizer):
+    """See the module's docstring. ``quantization_config`` is the frozen config; its final form (exact skips, provenance) is
+    known when loading ends."""
+
+    quantization_config: TurboQuantConfig
+
+    def __init__(self, quantization_config: TurboQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
+        # On the fly: layers to be quantized -> everywhere they occur (parent, child name); emptied as their weights arrive.
+        self.pending: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.drops_residual = self.pre_quantized and _base_only.get()
+        self._skipped: list[str] = []
+        self._failure: TurboQuantError | None = None
+        self._loading: tuple[nn.Module, list[str]] | None = None
+        if self.drops_residual:
+            self.quantization_config = dataclasses.replace(quantization_config, residual_bits=0)
+
+    # -- what Transformers asks
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top: gradients flow to the inputs of the frozen layers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError(
+                "device_map sends layers to disk: quantizing while loading needs them in memory. "
+                "Quantize and save on a machine where the quantized model fits, then load that checkpoint with this device_map"
+            )
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        layer, _, parameter = param_name.rpartition(".")
+        return parameter == "weight" and layer in self.pending
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element, so that ``device_map="auto"`` plans with the quantized size."""
+        if self.param_needs_quantization(model, param_name):
+            return (self.quantization_config.total_bits + 0.25) / 8  # a scale byte per 32 columns is 0.25 bit
+        return param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeLinear:
+        return QuantizeLinear(self)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            self._declare_layers(model)
+            self._loading = (model, checkpoint_files or [])
+        else:
+            self._plan(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Changes nothing. It is the one moment at which Transformers has the final names and has read no tensor yet."""
+        if self._loading is not None:
+            _check_files(*self._loading, weight_conversions, self.drops_residual)
+            self._loading = None
+        return weight_conversions
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._failure is not None:
+            raise self._failure
+        config = self.quantization_config
+        if not self.pre_quantized:
+            for name in self.pending:
+                logger.warning(f"{name} stays dense: the checkpoint has no weight for it, so there was nothing to quantize")
+            skipped = {*self._skipped, *self.pending}
+            order = tuple(name for name, module in model.named_modules() if name in skipped and is_linear(module))
+            config = dataclasses.replace(config, skip=order, source=_provenance(model))
+            self.pending = {}
+            self.pre_quantized = True
+        self.quantization_config = config
+        model.config.quantization_config = config
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict with the tripwire (see the module's docstring)."""
+        state = model.state_dict()
+        first = next(name for name, module in model.named_modules() if isinstance(module, TurboQuantLinear))
+        state[f"{first}.weight"] = torch.empty(0, dtype=model.dtype)
+        return state, {QUANT_METHOD: importlib.metadata.version("turboquant-weights")}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        with torch.device("meta"):  # says which layers were Conv1D
+            skeleton = type(model)(copy.deepcopy(model.config))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TurboQuantLinear):
+                walker.replace_module(model, name, _dense_layer(module, skeleton.get_submodule(name), dtype))
+        return model
+
+    # -- on the fly
+
+    def _plan(self, model: nn.Module) -> None:
+        targets, skipped = walker.plan_layers(model, self.quantization_config.skip)
+        if not targets:
+            raise QuantizationError(
+                f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
+            )
+        tied = model.all_tied_weights_keys
+        both = {f"{name}.weight" for name in targets} & {*tied.keys(), *tied.values()}
+        if both:
+            name = min(both).removesuffix(".weight")
+            raise ConfigError(
+                f"{name} shares its weight with another module: quantizing it while loading would untie them. Add it to skip, "
+                "or load the model first and call quantize_model"
+            )
+        names = {id(model.get_submodule(name)): name for name in targets}
+        self.pending = {name: [] for name in targets}
+        for parent in model.modules():
+            for child_name, child in parent.named_children():
+                if id(child) in names:
+                    self.pending[names[id(child)]].append((parent, child_name))
+        self._skipped = list(skipped)
+
+    def quantize_layer(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Quantizes ``weight`` as the checkpoint holds it and puts the new layer in place; returns its planes by name.
+
+        An error is kept for the end of loading: raised here, Transformers would swallow it into a table of its own.
+        """
+        if self._failure is not None:
+            return {}
+        parent, child_name = self.pending[name][0]
+        dense = parent.get_submodule(child_name)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            layer = TurboQuantLinear.from_linear(dense, self.quantization_config, name=name)
+        except TurboQuantError as error:
+            self._failure = error
+            return {}
+        layer._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialise
+        for parent, child_name in self.pending.pop(name):
+            setattr(parent, child_name, layer)
+        return {f"{name}.{plane}": tensor for plane in PLANES if (tensor := getattr(layer, plane)) is not None}
+
+    # -- pre-quantized
+
+    def _declare_layers(self, model: nn.Module) -> None:
+        """Puts empty quantized layers on the meta device where the checkpoint has planes: everywhere but at ``skip``."""
+        config = self.quantization_config
+        if config.skip is None:
+            raise FormatError("config.json: skip is null: a checkpoint must list the linear layers that are not quantized")
+        # The same layers are named with or without this prefix when only the body, or a body with a new head, is loaded.
+        prefix = f"{model.base_model_prefix}."
+        skip = {*config.skip, *(prefix + name for name in config.skip), *(name.removeprefix(prefix) for name in config.skip)}
+        for name, module in list(model.named_modules()):
+            if is_linear(module) and name not in skip:
+                rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+                bias = module.bias is not None
+                layer = TurboQuantLinear(columns, rows, bias, config, device="meta", dtype=module.weight.dtype)
+                layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing to initialise: _check_files sees to it
+                walker.replace_module(model, name, layer)
+
+
+def _check_files(model: Any, files: list[str], conversions: list[Any], drops_residual: bool) -> None:
+    """Compares the headers of a checkpoint's files with what the quantized layers of ``model`` (on meta) need.
+
+    Also tells Transformers which keys are rightly left over: the tripwire, and residual planes that are not wanted.
+    """
+    stored = _stored_tensors(model, files, conversions)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)}
+    for layer_name, layer in layers.items():
+        for part, parameter in layer.named_parameters():
+            name = f"{layer_name}.{part}"
+            got = stored.get(name)
+            dtypes, shape = _DTYPES.get(parameter.dtype, _FLOATS), tuple(parameter.shape)
+            if got is None or got.shape != shape or got.dtype not in dtypes:
+                found = "missing" if got is None else f"{got.dtype} {list(got.shape)}"
+                raise FormatError(
+                    f"{name} is {found}: this {type(model).__name__} needs {'/'.join(dtypes)} {list(shape)}. "
+                    "The checkpoint is incomplete or belongs to another model; fetch it again"
+                )
+    # Keys without a parameter keep their name on disk, which may lack or have a prefix that the layer's planes do not.
+    on_disk = {tensor.name: name for name, tensor in stored.items()}
+    expected = set()
+    for name, tensor in stored.items():
+        disk_layer, _, part = tensor.name.rpartition(".")
+        layer = layers.get(on_disk.get(f"{disk_layer}.codes", "").removesuffix(".codes"))
+        if layer is not None and part == "residual" and layer.residual is None:
+            if not drops_residual:
+                raise FormatError(f"{name} is stored, but config.json says residual_bits 0: restore its config.json")
+            expected.add(name)
+        elif layer is not None and part == "weight" and tensor.shape == (0,):
+            expected.add(name)
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in expected}
+
+
+def _stored_tensors(model: Any, files: list[str], conversions: list[Any]) -> dict[str, TensorInfo]:
+    """Name in ``model`` -> header entry, for all tensors of the safetensors ``files``, renamed as the loader will."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise FormatError(
+            f"got {', '.join(map(str, files)) or 'no files'}: quantized models are loaded from .safetensors files"
+        )
+    conversions = copy.deepcopy(conversions)  # they count their uses
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    meta, prefix = model.state_dict(), model.base_model_prefix
+    tensors = {tensor.name: tensor for file in files for tensor in read_header(Path(file)).tensors}
+    stored = {}
+    for key in sorted(tensors, key=dot_natural_key):
+        name, _ = rename_source_key(key, renamings, converters, prefix, meta)
+        if name not in meta and key in meta:
+            name, _ = rename_source_key(key, [], [], prefix, meta)
+        stored[name] = tensors[key]
+    return stored
+
+
+def _dense_layer(layer: TurboQuantLinear, original: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A dense layer of the class of ``original`` (on meta) with the weights that ``layer`` stands for."""
+    weight = layer.dequantize(dtype)
+    dense = copy.deepcopy(original)
+    dense.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(original) else weight)
+    if layer.bias is not None:
+        dense.bias = layer.bias
+    return dense.train(layer.training)
+
+
+def _provenance(model: Any) -> dict[str, str]:
+    """Where the weights came from. Of a local folder only the last component: its path says nothing to others."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    source = {"turboquant_weights": importlib.metadata.version("turboquant-weights"), "load_with": LOAD_WITH}
+    if name:
+        source["model"] = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision:
+        source["revision"] = str(revision)
+    return source
+
+
+def attach(model: Any, config: TurboQuantConfig) -> None:
+    """Tells Transformers that ``model``, whose layers are quantized already, is: so that ``save_pretrained`` works."""
+    config = dataclasses.replace(config, source={**_provenance(model), **(config.source or {})})
+    model.hf_quantizer = TurboQuantHfQuantizer(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    model.config.quantization_config = config
+    tied = model.all_tied_weights_keys
+    for name, module in model.named_modules():
+        if isinstance(module, TurboQuantLinear) and tied.pop(f"{name}.weight", None) is not None:
+            # Quantized on request (skip=[]): from now on the head is a matrix of its own, also for whoever loads the files.
+            model.config.tie_word_embeddings = False
+            model.config.get_text_config().tie_word_embeddings = False
+
+
+def _attach_if_pretrained(model: nn.Module, config: TurboQuantConfig) -> None:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and isinstance(model, modeling.PreTrainedModel):
+        attach(model, config)
+
+
+def load_quantized(
+    folder: str | os.PathLike[str], *, base_only: bool = False, device_map: Any = None, dtype: Any = None, **kwargs: Any
+) -> Any:
+    """``turboquant_weights.load``, which documents it."""
+    import transformers
+
+    if os.path.isdir(folder):
+        validate(folder)
+    hub = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token", "trust_remote_code") if key in kwargs}
+    config = transformers.AutoConfig.from_pretrained(folder, **hub)
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise ConfigError(f"{folder} is not quantized by this package: quantize it first, or load it with Transformers")
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    kwargs.update({key: value for key, value in (("device_map", device_map), ("dtype", dtype)) if value is not None})
+    with _setting(_base_only, base_only):
+        return model_class.from_pretrained(folder, **kwargs)
+
+
+@contextlib.contextmanager
+def _setting(variable: contextvars.ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def save_quantized(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+    overwrite: bool = False,
+) -> None:
+    """``turboquant_weights.save``, which documents it."""
+    if not isinstance(getattr(model, "hf_quantizer", None), TurboQuantHfQuantizer):
+        raise ConfigError(
+            f"got a {type(model).__name__} that is not quantized by this package: a Transformers model from quantize_model, load "
+            "or from_pretrained(quantization_config=TurboQuantConfig(...)) is needed"
+        )
+    with atomic_folder(folder, overwrite) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        card = model_card(os.path.basename(os.path.realpath(folder)), model.hf_quantizer.quantization_config)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(temporary)
+
+
+def load_dense(
+    model: str | os.PathLike[str], *, gguf_file: str | None = None, dtype: Any = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Loads an unquantized causal language model, ready for ``quantize_model`` and :func:`save_quantized`.
+
+    Args:
+        model: Hub id, local folder, or the path of a ``.gguf`` file, whose weights are expanded to ``dtype``.
+        gguf_file: Name of a GGUF file inside a folder or hub repository.
+        dtype: As in ``from_pretrained``.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        (model, tokenizer); the tokenizer is None, with a warning, if there is none.
+
+    Raises:
+        ConfigError: the model is quantized (other than as GGUF).
+    """
+    import transformers
+    from transformers.utils import quantization_config as configs
+
+    path = Path(model)
+    if gguf_file is None and path.suffix == ".gguf":
+        model, gguf_file = path.parent, path.name
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    source: dict[str, Any] = {}
+    if gguf_file is not None:
+        source["gguf_file"] = gguf_file
+        if hasattr(configs, "GgufConfig"):  # newer versions can keep GGUF blocks packed
+            kwargs["quantization_config"] = configs.GgufConfig(dequantize=True)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(model, **source, **kwargs)
+    if gguf_file is not None:
+        _forget_gguf(dense, gguf_file)
+    elif getattr(dense.config, "quantization_config", None) is not None:
+        method = getattr(dense, "quantization_method", "another method")
+        raise ConfigError(f"{model} is quantized with {method}: a model with its original weights is needed")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning(f"{model} has no tokenizer that can be loaded ({error})")
+        tokenizer = None
+    return dense, tokenizer
+
+
+def _forget_gguf(model: Any, gguf_file: str) -> None:
+    """Removes what the GGUF loader leaves behind: the weights are dense now, and saving must not claim otherwise."""
+    model.config._name_or_path = gguf_file
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+register()
