@@ -158,7 +158,7 @@ def main() -> None:
     model = model.eval().to(args.device)
     text = pathlib.Path(args.text).read_text(encoding="utf-8")
     windows = text_windows(tokenizer, text, args.length, args.windows)
-    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.processor()} CPU"
+    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(
         f"{pathlib.Path(args.gguf).name} on {hardware}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
