@@ -1,0 +1,67 @@
+"""A small checkpoint, and planes from integer arithmetic: the same bytes on every platform."""
+
+import json
+from pathlib import Path
+
+import format_oracle as oracle
+import torch
+from safetensors.torch import save_file
+
+from turboquant_weights import TurboQuantConfig
+from turboquant_weights.packing import pack
+from turboquant_weights.reference import PackedWeight
+
+UNIT = {2: 78.45, 3: 50.9, 4: 41.85}
+
+
+def planes(rows, columns, bits, residual_bits):
+    """Planes [rows, columns] with bell-shaped indices, one octave of scales, the largest of each row in the top octave."""
+    count = rows * columns
+    mixed = ((torch.arange(count) + 1) * 2654435761 % 2**32) >> 8
+    bell = sum((mixed >> (6 * part)) & 63 for part in range(4)).double()  # mean 126, standard deviation 37
+    values = torch.tensor([float(level) for level in oracle.levels(bits, residual_bits)], dtype=torch.float64)
+    index = torch.bucketize((bell - 126) * (UNIT[bits] / 37), (values[1:] + values[:-1]) / 2).view(rows, columns)
+    blocks = torch.arange(rows * columns // 32).view(rows, -1)
+    return PackedWeight(
+        pack(index >> residual_bits, bits),
+        pack(index & (2**residual_bits - 1), residual_bits) if residual_bits else None,
+        (0xE0 + blocks * 7 % 32 - 32 * (blocks % (columns // 32) % 2)).to(torch.uint8),
+        (torch.arange(rows) * 5 - 17).to(torch.int8),
+    )
+
+
+def tensors(bits=4, residual_bits=2):
+    """Two layers (one with bias and tripwire), an embedding and a norm."""
+    out = {}
+    for layer, (rows, columns) in {"model.attn": (3, 64), "model.mlp": (5, 32)}.items():
+        for plane, tensor in planes(rows, columns, bits, residual_bits)._asdict().items():
+            if tensor is not None:
+                out[f"{layer}.{plane}"] = tensor
+    out["model.attn.weight"] = torch.empty(0)
+    out["model.mlp.bias"] = torch.arange(5.0)
+    out["model.embed.weight"] = torch.arange(12).view(6, 2).bfloat16()
+    out["model.norm.weight"] = torch.ones(4, dtype=torch.float16)
+    return out
+
+
+def config(bits=4, residual_bits=2):
+    return TurboQuantConfig(bits=bits, residual_bits=residual_bits, seed=5, skip=("lm_head",), source={"model": "tiny"})
+
+
+def write(folder, bits=4, residual_bits=2, sharded=False):
+    """Writes the folder with safetensors alone; returns it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"architectures": ["TinyModel"], "quantization_config": config(bits, residual_bits).to_dict()}
+    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    everything = tensors(bits, residual_bits)
+    if not sharded:
+        save_file(everything, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = sorted(everything)
+    files = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for file, part in files.items():
+        save_file({name: everything[name] for name in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
