@@ -1,0 +1,206 @@
+"""The commands. Each does one call into the package and prints the result as text, or as one JSON object on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__, evaluation, quantize_model, save
+from .. import checkpoint as checkpoints
+from ..config import MAX_SEED, TurboQuantConfig
+from ..errors import ConfigError
+from . import tables
+from .models import Dtype, continue_text, need_tokenizer, open_dense, open_model
+
+app = typer.Typer(
+    name="turboquant-weights",
+    help="Quantize the linear layers of language models to 2-8 bits without data, check what it cost, and run the result.",
+    epilog="Start with: turboquant-weights quantize HuggingFaceTB/SmolLM2-135M smollm2-4bit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Hub id, local folder, .gguf file, or a checkpoint of this package.", show_default=False)
+]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder that `quantize` wrote.", show_default=False)]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of what is not quantized. auto: as stored; bfloat16 for a .gguf file.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cpu]", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead; progress stays on stderr.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"turboquant-weights {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(epilog="Example: turboquant-weights quantize HuggingFaceTB/SmolLM2-135M out --bits 4 --residual-bits 4")
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to create; it appears only when complete.", show_default=False)],
+    bits: Annotated[int, typer.Option(min=2, max=4, help="Bits of the base plane.")] = 4,
+    residual_bits: Annotated[
+        int, typer.Option(min=0, max=4, help="Bits of the residual plane; 4 with --bits 4 is lossless in practice.")
+    ] = 0,
+    group_size: Annotated[int, typer.Option(help="Input columns that one rotation mixes: 32, 64 or 128.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the rotation's signs.")] = 0,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Glob pattern of layers to leave alone, e.g. 'lm_head'; repeatable. "
+            "[default: the output head and layers tied to an embedding]",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and save it to the folder OUT.
+
+    Needs no text and no GPU. The tokenizer is saved too. If anything fails, or on Ctrl-C, OUT stays as it was.
+    """
+    config = TurboQuantConfig(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    if (
+        not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    ):  # save() decides; this saves the work
+        raise ConfigError(f"{out} exists: choose another folder, or add --overwrite")
+    with _quiet_stdout():
+        dense, tokenizer = open_dense(model, dtype, device)
+        report = quantize_model(dense, config, skip=skip)
+        save(dense, out, tokenizer=tokenizer, overwrite=overwrite)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    if as_json:
+        _print_json({"model": model, "out": str(out), "folder_bytes": size, **report.to_dict()})
+    else:
+        print(report)
+        print(f"saved to {out}: {tables.megabytes(size)}. Load it with turboquant_weights.load({str(out)!r})")
+
+
+@app.command(epilog="Example: turboquant-weights inspect smollm2-4bit")
+def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Show what CHECKPOINT holds: settings, layers and sizes, from its headers alone.
+
+    Checks names, shapes and dtypes of all tensors on the way, but reads none; `verify` does.
+    """
+    info = checkpoints.validate(checkpoint)
+    if as_json:
+        _print_json(tables.checkpoint_dict(info))
+    else:
+        tables.print_checkpoint(info)
+
+
+@app.command(epilog="Example: turboquant-weights verify smollm2-4bit")
+def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Check every byte of CHECKPOINT: settings, tensors, and checksums where they were saved."""
+    result = checkpoints.verify(checkpoint)
+    if as_json:
+        _print_json({"checkpoint": str(checkpoint), "manifest_checked": result.manifest_checked, "sha256": result.checksums})
+        return
+    print(f"{checkpoint}: {len(result.info.layers)} quantized layers, {len(result.checksums)} files, all valid")
+    if not result.manifest_checked:
+        print("No checksums were saved with it, so a changed byte inside a tensor cannot be noticed.")
+
+
+@app.command(
+    "eval", epilog="Example: turboquant-weights eval smollm2-4bit --reference HuggingFaceTB/SmolLM2-135M --windows 4"
+)
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with: adds KL divergence and top-1 agreement.", show_default=False)
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text file. [default: 30 KB of Wikipedia that come with the package]", show_default=False),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Number of windows. [default: all that the text fills]", show_default=False)
+    ] = None,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    dtype: Annotated[Dtype, typer.Option(help="Both models compute in it.")] = Dtype.FLOAT32,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL on a text: perplexity, and its distance from a reference.
+
+    KL is KL(reference || model) per token in nats. Compare only figures of the same text, window length and reference.
+    """
+    content = evaluation.sample_text() if text is None else _read_text(text)
+    with _quiet_stdout():
+        candidate, tokenizer = open_model(model, dtype, device)
+        tokens = evaluation.text_windows(need_tokenizer(tokenizer, model), content, window_length, windows)
+        if reference is None:
+            results = {model: evaluation.evaluate(candidate, tokens)}
+        else:
+            other, _ = open_model(reference, dtype, device)
+            results = evaluation.compare(other, {model: candidate}, tokens)
+    if as_json:
+        _print_json(
+            {
+                "model": model,
+                "reference": reference,
+                "text": "sample" if text is None else str(text),
+                "windows": tokens.shape[0],
+                "window_length": tokens.shape[1],
+                "result": results[model].to_dict(),
+                "reference_perplexity": results[evaluation.REFERENCE].perplexity if reference else None,
+            }
+        )
+    else:
+        tables.print_evaluations(results, f"{tokens.shape[0]} windows of {tokens.shape[1]} tokens")
+
+
+@app.command(epilog="Example: turboquant-weights generate smollm2-4bit 'The capital of France is' --max-new-tokens 20")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 50,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Continue PROMPT with MODEL, always taking the most likely token."""
+
+    with _quiet_stdout():
+        ready, tokenizer = open_model(model, dtype, device)
+        text = continue_text(ready, need_tokenizer(tokenizer, model), prompt, max_new_tokens)
+    if as_json:
+        _print_json({"model": model, "prompt": prompt, "text": text})
+    else:
+        print(prompt + text)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Sends what libraries print to stderr, so that stdout holds the result only."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2, allow_nan=False))
