@@ -1,0 +1,259 @@
+"""The command line as users meet it: exit codes, one clean line for an error, pure JSON on stdout, nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+transformers = pytest.importorskip("transformers")
+
+import tiny_model  # noqa: E402
+
+import turboquant_weights as tq  # noqa: E402
+from turboquant_weights.cli import main  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_model.write(tmp_path_factory.mktemp("dense") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dense, tmp_path_factory):
+    model, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(dense),
+        transformers.AutoTokenizer.from_pretrained(dense),
+    )
+    tq.quantize_model(model, tq.TurboQuantConfig(bits=3, residual_bits=2), progress=False)
+    folder = tmp_path_factory.mktemp("checkpoint") / "quantized"
+    tq.save(model, folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["turboquant-weights", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        output = capsys.readouterr()
+        return exit.value.code or 0, output.out, output.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def snapshot(folder):
+    """Relative path -> bytes of everything under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_quantize_equals_the_library(cli, dense, tmp_path):
+    code, out, err = cli("quantize", dense, tmp_path / "out", "--bits", 3, "--residual-bits", 1, "--seed", 7, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["config"]["bits"] == 3
+    assert "lm_head" in report["skipped"]
+    assert report["folder_bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    tq.quantize_model(model, tq.TurboQuantConfig(bits=3, residual_bits=1, seed=7), progress=False)
+    loaded = tq.load(tmp_path / "out")
+    expected, got = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(expected[name].equal(got[name]) for name in expected)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids == [68, 69]
+
+
+def test_quantize_prints_what_it_did(cli, dense, tmp_path):
+    code, out, _ = cli("quantize", dense, tmp_path / "out", "--skip", "*.mlp.*", "--skip", "lm_head", "--dtype", "float32")
+    assert code == 0
+    assert "8 layers at 4 bits" in out
+    assert "left as it was: model.layers.0.mlp.up_proj (matches skip pattern '*.mlp.*')" in out
+    assert f"turboquant_weights.load('{tmp_path / 'out'}')" in out
+
+
+def test_inspect_and_verify(cli, checkpoint):
+    code, out, _ = cli("inspect", checkpoint)
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj" in out
+    assert "3+2" in out
+    code, out, _ = cli("inspect", checkpoint, "--json")
+    values = json.loads(out)
+    assert (code, len(values["layers"]), values["config"]["residual_bits"]) == (0, 14, 2)
+    assert values["quantized_bytes"] == sum(layer["nbytes"] for layer in values["layers"])
+    code, out, _ = cli("verify", checkpoint)
+    assert (code, "14 quantized layers" in out) == (0, True)
+    code, out, _ = cli("verify", checkpoint, "--json")
+    values = json.loads(out)
+    assert (code, values["manifest_checked"]) == (0, True)
+    assert "model.safetensors" in values["sha256"]
+
+
+def test_verify_finds_a_changed_byte(cli, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    code, out, err = cli("verify", folder)
+    assert (code, out) == (1, "")
+    assert err.startswith("turboquant-weights: error: model.safetensors")
+    assert err.count("\n") == 1
+
+
+def test_eval_against_a_reference(cli, dense, checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 10, encoding="utf-8")
+    common = ("--text", text, "--window-length", 64)
+    code, out, err = cli("eval", checkpoint, "--reference", dense, *common, "--windows", 3, "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    assert (values["windows"], values["window_length"], values["result"]["tokens"]) == (3, 64, 189)
+    assert 0 < values["result"]["kl_mean"] < 0.1
+    # A model against itself, and alone.
+    code, out, _ = cli("eval", dense, "--reference", dense, *common, "--json")
+    values = json.loads(out)
+    assert (values["windows"], values["result"]["kl_max"], values["result"]["top1"]) == (7, 0.0, 1.0)
+    code, out, _ = cli("eval", dense, *common, "--json")
+    alone = json.loads(out)
+    assert (code, alone["result"]["perplexity"]) == (0, values["reference_perplexity"])
+    assert alone["result"]["kl_mean"] is None
+    code, out, _ = cli("eval", checkpoint, "--reference", dense, *common)
+    assert "perplexity" in out
+    assert "reference" in out
+
+
+def test_eval_uses_the_text_of_the_package(cli, dense):
+    code, out, _ = cli("eval", dense, "--windows", 1, "--window-length", 32, "--json")
+    assert (code, json.loads(out)["text"]) == (0, "sample")
+
+
+def test_generate(cli, checkpoint):
+    code, out, err = cli("generate", checkpoint, "abc", "--max-new-tokens", 4)
+    assert code == 0, err
+    assert out.startswith("abc")
+    code, as_json, _ = cli("generate", checkpoint, "abc", "--max-new-tokens", 4, "--json")
+    values = json.loads(as_json)
+    assert (code, values["prompt"] + values["text"] + "\n") == (0, out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "{tmp}/nowhere"], "not a folder"),
+        (["verify", "{dense}"], "quantize it first"),
+        (["quantize", "{checkpoint}", "{tmp}/out"], "is quantized already"),
+        (["quantize", "{tmp}/nowhere.gguf", "{tmp}/out"], "no such file"),
+        (["quantize", "{dense}", "{checkpoint}"], "--overwrite"),
+        (["quantize", "{dense}", "{tmp}/out", "--group-size", "48"], "group_size is 48"),
+        (["quantize", "{dense}", "{tmp}/out", "--skip", "nothing.*"], "'nothing.*'"),
+        (["eval", "{dense}", "--text", "{tmp}/nowhere.txt"], "nowhere.txt"),
+        (["eval", "{dense}", "--window-length", "500000"], "windows of 500000"),
+        (["generate", "{dense}", ""], "no tokens"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(cli, dense, checkpoint, tmp_path, arguments, words):
+    code, out, err = cli(*(a.format(tmp=tmp_path, dense=dense, checkpoint=checkpoint) for a in arguments))
+    assert (code, out) == (1, "")
+    last = err.splitlines()[-1]  # progress bars may stand above it
+    assert last.startswith("turboquant-weights: error: ")
+    assert words in last
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize"],
+        ["quantize", "a", "b", "--bits", "5"],
+        ["quantize", "a", "b", "--dtype", "int8"],
+        ["nonsense"],
+        ["eval", "a", "-x"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+
+
+def test_version_and_help(cli):
+    assert cli("--version") == (0, f"turboquant-weights {tq.__version__}\n", "")
+    code, out, _ = cli("--help")
+    assert code == 0
+    for command in ("quantize", "inspect", "eval", "generate", "verify"):
+        assert command in out
+        code, text, _ = cli(command, "--help")
+        assert (code, "Example: turboquant-weights" in text) == (0, True)
+
+
+def half_written(action):
+    """A ``save_pretrained`` that writes part of a file and then lets ``action`` happen."""
+
+    def save_pretrained(self, folder, **kwargs):
+        (folder / "model.safetensors").write_bytes(b"half")
+        action()
+        raise AssertionError("not interrupted")
+
+    return save_pretrained
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT), {1, 130}),
+        (lambda: signal.raise_signal(signal.SIGTERM), {143}),
+        (full_disk, {1}),
+    ],
+    ids=["ctrl-c", "terminated", "full disk"],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_interrupted_saving_changes_nothing(cli, dense, checkpoint, tmp_path, monkeypatch, action, expected, existing):
+    out = tmp_path / "out"
+    if existing:
+        shutil.copytree(checkpoint, out)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", half_written(action))
+    code, text, err = cli("quantize", dense, out, "--overwrite")
+    assert code in expected
+    assert "Traceback" not in err
+    assert text == ""
+    assert snapshot(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
+
+
+def test_a_real_write_error_is_clean(dense, tmp_path):
+    """A file size limit instead of a full disk: the same path through the libraries that write the file."""
+    code = (
+        "import resource, sys; from turboquant_weights.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)); main()"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(dense), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("turboquant-weights: error: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_a_checkpoint(cli, dense, checkpoint, tmp_path):
+    out = shutil.copytree(checkpoint, tmp_path / "out")
+    code, _, err = cli("quantize", dense, out, "--overwrite", "--bits", 2)
+    assert code == 0, err
+    assert tq.load(out).config.quantization_config.bits == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
