@@ -289,6 +289,8 @@ def _sort_tensors(
     for name, tensor in tensors.items():
         layer, _, plane = name.rpartition(".")
         if plane in PLANES:
+            if not layer:
+                raise FormatError(f"{name!r}: a plane must belong to a layer: its name must be <layer>.{plane}")
             quantized.setdefault(layer, {})[plane] = tensor
     if not quantized:
         raise FormatError("no tensor is called <layer>.codes: the checkpoint holds no quantized layer")
@@ -314,12 +316,10 @@ def _owner(name: str, layers: Container[str]) -> str | None:
         if name[:end] in layers:
             return name[:end]
         end = name.rfind(".", 0, end)
-    return "" if "" in layers and name in PLANES else None
+    return None
 
 
 def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConfig) -> LayerInfo:
-    if not name:
-        raise FormatError(f"{short(min(parts))}: a tensor of this name must belong to a layer: <layer>.{min(parts)}")
     assert config.skip is not None
     if name in config.skip:
         raise FormatError(f"{short(name)} is quantized, but listed under skip in {CONFIG_FILE}: it must be one or the other")
