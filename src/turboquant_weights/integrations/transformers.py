@@ -7,9 +7,9 @@ are compared with the planes that the model will need before a tensor is read: a
 shape or type, is a FormatError and never a random or converted weight.
 
 The tripwire. A Transformers that does not know this package (``import turboquant_weights`` forgotten) ignores the
-quantization config with a log line, and would fill every quantized layer with random numbers. So each saved checkpoint holds
-one tensor too many: ``<first quantized layer>.weight`` of shape [0] and the model's dtype. To a reader that expects the dense
-weight it is a size mismatch, which Transformers refuses to load; this package ignores it.
+quantization config with a log line, and would fill every quantized layer with random numbers. So each saved checkpoint
+holds one tensor too many: ``<first quantized layer>.weight`` of shape [0] and the model's dtype. To a reader that expects
+the dense weight it is a size mismatch, which Transformers refuses to load; this package ignores it.
 
 Only classes that exist while Transformers' registry is being imported are imported at the top: this module is loaded by
 an import hook in the middle of that.
@@ -82,18 +82,20 @@ class QuantizeLinear(ConversionOps):
     def __init__(self, quantizer: TurboQuantHfQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[Tensor]]:
         """``{"<layer>.weight": dense}`` to ``{"<layer>.codes": ..., ...}``; other tensors pass through."""
         missing: set[str] = kwargs.get("missing_keys") or set()
-        out: dict[str, Tensor] = {}
+        out: dict[str, list[Tensor]] = {}
         for key, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             layer, _, parameter = key.rpartition(".")
             if parameter == "weight" and layer in self.quantizer.pending:
-                out.update(self.quantizer.quantize_layer(layer, tensor))
+                out.update((name, [plane]) for name, plane in self.quantizer.quantize_layer(layer, tensor).items())
                 missing.discard(key)
             else:
-                out[key] = tensor
+                out[key] = [tensor]
         return out
 
 
@@ -101,7 +103,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
     """See the module's docstring. ``quantization_config`` is the frozen config; its final form (exact skips, provenance) is
     known when loading ends."""
 
-    quantization_config: TurboQuantConfig
+    quantization_config: TurboQuantConfig  # type: ignore[assignment]  # no subclass of Transformers' mixin; it is not needed
 
     def __init__(self, quantization_config: TurboQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
@@ -110,7 +112,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self.drops_residual = self.pre_quantized and _base_only.get()
         self._skipped: list[str] = []
         self._failure: TurboQuantError | None = None
-        self._loading: tuple[nn.Module, list[str]] | None = None
+        self._loading: tuple[Any, list[str]] | None = None
         if self.drops_residual:
             self.quantization_config = dataclasses.replace(quantization_config, residual_bits=0)
 
@@ -131,15 +133,15 @@ class TurboQuantHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
-                "device_map sends layers to disk: quantizing while loading needs them in memory. "
-                "Quantize and save on a machine where the quantized model fits, then load that checkpoint with this device_map"
+                "device_map sends layers to disk: quantizing while loading needs them in memory. Quantize and save where "
+                "the quantized model fits, then load that checkpoint with this device_map"
             )
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         layer, _, parameter = param_name.rpartition(".")
         return parameter == "weight" and layer in self.pending
 
-    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element, so that ``device_map="auto"`` plans with the quantized size."""
         if self.param_needs_quantization(model, param_name):
             return (self.quantization_config.total_bits + 0.25) / 8  # a scale byte per 32 columns is 0.25 bit
@@ -149,7 +151,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         return QuantizeLinear(self)
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
             self._declare_layers(model)
@@ -157,14 +159,14 @@ class TurboQuantHfQuantizer(HfQuantizer):
         else:
             self._plan(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any | None = None) -> list[Any]:
         """Changes nothing. It is the one moment at which Transformers has the final names and has read no tensor yet."""
         if self._loading is not None:
             _check_files(*self._loading, weight_conversions, self.drops_residual)
             self._loading = None
         return weight_conversions
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._failure is not None:
             raise self._failure
         config = self.quantization_config
@@ -178,16 +180,17 @@ class TurboQuantHfQuantizer(HfQuantizer):
             self.pre_quantized = True
         self.quantization_config = config
         model.config.quantization_config = config
+        _save_own_names(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the tripwire (see the module's docstring)."""
         state = model.state_dict()
         first = next(name for name, module in model.named_modules() if isinstance(module, TurboQuantLinear))
         state[f"{first}.weight"] = torch.empty(0, dtype=model.dtype)
         return state, {QUANT_METHOD: importlib.metadata.version("turboquant-weights")}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         with torch.device("meta"):  # says which layers were Conv1D
             skeleton = type(model)(copy.deepcopy(model.config))
         for name, module in list(model.named_modules()):
@@ -197,7 +200,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
     # -- on the fly
 
-    def _plan(self, model: nn.Module) -> None:
+    def _plan(self, model: Any) -> None:
         targets, skipped = walker.plan_layers(model, self.quantization_config.skip)
         if not targets:
             raise QuantizationError(
@@ -208,8 +211,8 @@ class TurboQuantHfQuantizer(HfQuantizer):
         if both:
             name = min(both).removesuffix(".weight")
             raise ConfigError(
-                f"{name} shares its weight with another module: quantizing it while loading would untie them. Add it to skip, "
-                "or load the model first and call quantize_model"
+                f"{name} shares its weight with another module: quantizing it while loading would untie them. "
+                "Add it to skip, or load the model first and call quantize_model"
             )
         names = {id(model.get_submodule(name)): name for name in targets}
         self.pending = {name: [] for name in targets}
@@ -241,7 +244,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
     # -- pre-quantized
 
-    def _declare_layers(self, model: nn.Module) -> None:
+    def _declare_layers(self, model: Any) -> None:
         """Puts empty quantized layers on the meta device where the checkpoint has planes: everywhere but at ``skip``."""
         config = self.quantization_config
         if config.skip is None:
@@ -278,15 +281,20 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
                 )
     # Keys without a parameter keep their name on disk, which may lack or have a prefix that the layer's planes do not.
     on_disk = {tensor.name: name for name, tensor in stored.items()}
+    dense = {name for name, module in model.named_modules() if is_linear(module)}
     expected = set()
     for name, tensor in stored.items():
         disk_layer, _, part = tensor.name.rpartition(".")
-        layer = layers.get(on_disk.get(f"{disk_layer}.codes", "").removesuffix(".codes"))
-        if layer is not None and part == "residual" and layer.residual is None:
+        owner = layers.get(on_disk.get(f"{disk_layer}.codes", "").removesuffix(".codes"))
+        if part == "codes" and {disk_layer, f"{model.base_model_prefix}.{disk_layer}"} & dense:
+            raise FormatError(
+                f"{tensor.name} is stored, but config.json lists {disk_layer} under skip: restore its config.json"
+            )
+        if owner is not None and part == "residual" and owner.residual is None:
             if not drops_residual:
                 raise FormatError(f"{name} is stored, but config.json says residual_bits 0: restore its config.json")
             expected.add(name)
-        elif layer is not None and part == "weight" and tensor.shape == (0,):
+        elif owner is not None and part == "weight" and tensor.shape == (0,):
             expected.add(name)
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in expected}
@@ -336,6 +344,12 @@ def _provenance(model: Any) -> dict[str, str]:
     return source
 
 
+def _save_own_names(model: Any) -> None:
+    """Makes ``save_pretrained`` use the model's own names. For some models it restores older ones and fuses layers (q, k and v
+    into one) on the way, which the tripwire does not survive; names under ``skip`` are the model's own, too."""
+    model._weight_conversions = []
+
+
 def attach(model: Any, config: TurboQuantConfig) -> None:
     """Tells Transformers that ``model``, whose layers are quantized already, is: so that ``save_pretrained`` works."""
     config = dataclasses.replace(config, source={**_provenance(model), **(config.source or {})})
@@ -343,6 +357,7 @@ def attach(model: Any, config: TurboQuantConfig) -> None:
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     model.config.quantization_config = config
+    _save_own_names(model)
     tied = model.all_tied_weights_keys
     for name, module in model.named_modules():
         if isinstance(module, TurboQuantLinear) and tied.pop(f"{name}.weight", None) is not None:
@@ -351,7 +366,7 @@ def attach(model: Any, config: TurboQuantConfig) -> None:
             model.config.get_text_config().tie_word_embeddings = False
 
 
-def _attach_if_pretrained(model: nn.Module, config: TurboQuantConfig) -> None:
+def _attach_if_pretrained(model: Any, config: TurboQuantConfig) -> None:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(model, modeling.PreTrainedModel):
         attach(model, config)
@@ -397,8 +412,8 @@ def save_quantized(
     """``turboquant_weights.save``, which documents it."""
     if not isinstance(getattr(model, "hf_quantizer", None), TurboQuantHfQuantizer):
         raise ConfigError(
-            f"got a {type(model).__name__} that is not quantized by this package: a Transformers model from quantize_model, load "
-            "or from_pretrained(quantization_config=TurboQuantConfig(...)) is needed"
+            f"got a {type(model).__name__} that is not quantized by this package: a Transformers model from quantize_model, "
+            "load or from_pretrained(quantization_config=TurboQuantConfig(...)) is needed"
         )
     with atomic_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
@@ -421,7 +436,7 @@ def load_dense(
         kwargs: Passed on to ``from_pretrained``.
 
     Returns:
-        (model, tokenizer); the tokenizer is None, with a warning, if there is none.
+        (model, tokenizer); the tokenizer is None, with a warning, if none can be loaded.
 
     Raises:
         ConfigError: the model is quantized (other than as GGUF).
@@ -445,12 +460,20 @@ def load_dense(
     elif getattr(dense.config, "quantization_config", None) is not None:
         method = getattr(dense, "quantization_method", "another method")
         raise ConfigError(f"{model} is quantized with {method}: a model with its original weights is needed")
+    return dense, _tokenizer(model, source)
+
+
+def _tokenizer(model: str | os.PathLike[str], source: dict[str, Any]) -> Any:
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
+        if tokenizer.vocab_size < 2:  # what Transformers builds for some models from no files at all
+            raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError) as error:
         logger.warning(f"{model} has no tokenizer that can be loaded ({error})")
-        tokenizer = None
-    return dense, tokenizer
+        return None
+    return tokenizer
 
 
 def _forget_gguf(model: Any, gguf_file: str) -> None:
