@@ -243,7 +243,8 @@ def _parse_config(values: dict[str, Any], file: str) -> TurboQuantConfig:
     try:
         return TurboQuantConfig.from_dict(values)
     except ConfigError as error:
-        raise FormatError(f"{file}: {error}") from None
+        text = str(error)  # it quotes the file, at any length
+        raise FormatError(f"{file}: {text if len(text) < 500 else f'{text[:250]} ... {text[-250:]}'}") from None
     except RecursionError:
         raise FormatError(f"{file}: quantization_config is nested too deeply") from None
 
