@@ -389,8 +389,12 @@ def _compare_manifest(root: Path, config: TurboQuantConfig, headers: dict[str, H
     manifest = _read_manifest(root)
     hint = f"if the change is meant, delete {MANIFEST_FILE}"
     saved = _parse_config(manifest["quantization_config"], MANIFEST_FILE)
-    if saved != config:
-        raise FormatError(f"{CONFIG_FILE}: {config} differs from what was saved, {saved}: restore it; {hint}")
+    for field in dataclasses.fields(config):
+        now, then = getattr(config, field.name), getattr(saved, field.name)
+        if now != then and field.compare:
+            raise FormatError(
+                f"{CONFIG_FILE}: {field.name} is {short(now)}, but {short(then)} was saved: restore it; {hint}"
+            )
     for name, entry in manifest["files"].items():
         try:
             size = (root / name).stat().st_size
