@@ -34,7 +34,7 @@ from turboquant_weights.evaluation import Evaluation, compare, noise_floor, text
 from turboquant_weights.integrations.transformers import load_dense
 from turboquant_weights.model import plan_layers
 
-SETTINGS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4))
+SETTINGS = ("2", "3", "4", "4+1", "4+2", "4+3", "4+4")
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ def fake_quantized(reference: nn.Module, method: Callable[[Tensor], tuple[Tensor
     return model, bits / weights, statistics.mean(errors)
 
 
-def rows(reference: nn.Module, windows: Tensor, seeds: int) -> Iterator[Row]:
+def rows(reference: nn.Module, windows: Tensor, settings: list[str], seeds: int) -> Iterator[Row]:
     peers = {
         "integer RTN, 128": lambda w: rtn(w, 4, 128),
         "integer RTN, 64": lambda w: rtn(w, 4, 64),
@@ -106,15 +106,16 @@ def rows(reference: nn.Module, windows: Tensor, seeds: int) -> Iterator[Row]:
         start = time.perf_counter()
         model, bits, error = fake_quantized(reference, method)
         seconds = time.perf_counter() - start
-        score = compare(reference, {name: model}, windows)[name]
+        score = compare(reference, {name: model}, windows, progress=False)[name]
         yield _row(name, bits, [error], [score], seconds)
-    for bits, residual_bits in SETTINGS:
+    for setting in settings:
+        bits, residual_bits = (int(part) for part in (setting + "+0").split("+")[:2])
         scores, errors, seconds = [], [], []
         for seed in range(seeds):
             model = copy.deepcopy(reference)
             config = TurboQuantConfig(bits=bits, residual_bits=residual_bits, seed=seed)
             report = quantize_model(model, config, progress=False)
-            scores.append(compare(reference, {config.label: model}, windows)[config.label])
+            scores.append(compare(reference, {config.label: model}, windows, progress=False)[config.label])
             errors.append(report.error)
             seconds.append(report.seconds)
         yield _row(f"ours {config.label}", report.bits_per_weight, errors, scores, statistics.median(seconds))
@@ -147,8 +148,10 @@ def main() -> None:
     parser.add_argument("--gguf", required=True, help="GGUF file of the reference model")
     parser.add_argument("--text", required=True, help="UTF-8 text file")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bos", action="store_true", help="start each window with BOS, whatever the tokenizer does")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--setting", nargs="+", default=SETTINGS, help="base+residual bits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file")
     args = parser.parse_args()
@@ -157,8 +160,12 @@ def main() -> None:
     model, tokenizer = load_dense(args.gguf, dtype=torch.float32)
     model = model.eval().to(args.device)
     text = pathlib.Path(args.text).read_text(encoding="utf-8")
-    windows = text_windows(tokenizer, text, args.length, args.windows)
-    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    windows = text_windows(tokenizer, text, args.length, args.windows, bos=args.bos or None)
+    hardware = (
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     print(
         f"{pathlib.Path(args.gguf).name} on {hardware}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
@@ -168,7 +175,7 @@ def main() -> None:
     print("| method | bits | rel. MSE | perplexity | KL (over seeds) | KL p99 | top-1 | seconds |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     results = []
-    for row in rows(model, windows, args.seeds):
+    for row in rows(model, windows, args.setting, args.seeds):
         print(format_row(row, base), flush=True)
         results.append(dataclasses.asdict(row))
     if args.out:

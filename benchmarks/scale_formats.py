@@ -104,13 +104,16 @@ def main() -> None:
     parser.add_argument("--gguf", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bos", action="store_true", help="start each window with BOS, whatever the tokenizer does")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
 
     reference, tokenizer = load_dense(args.gguf, dtype=torch.float32)
     reference = reference.eval().to(args.device)
-    windows = text_windows(tokenizer, pathlib.Path(args.text).read_text(encoding="utf-8"), 1024, args.windows)
+    windows = text_windows(
+        tokenizer, pathlib.Path(args.text).read_text(encoding="utf-8"), 1024, args.windows, bos=args.bos or None
+    )
     names = plan_layers(reference)[0]
     print("| scales | bits per weight | rel. MSE | KL (over seeds) | top-1 |\n|---|---|---|---|---|", flush=True)
     for label, (method, cost) in VARIANTS.items():
