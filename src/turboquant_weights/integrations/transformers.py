@@ -21,7 +21,6 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
-import importlib.metadata
 import os
 import re
 import sys
@@ -40,6 +39,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import turboquant_weights
 
 from .. import model as walker
 from ..checkpoint import atomic_folder, validate, write_manifest
@@ -188,7 +189,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         state = model.state_dict()
         first = next(name for name, module in model.named_modules() if isinstance(module, TurboQuantLinear))
         state[f"{first}.weight"] = torch.empty(0, dtype=model.dtype)
-        return state, {QUANT_METHOD: importlib.metadata.version("turboquant-weights")}
+        return state, {QUANT_METHOD: turboquant_weights.__version__}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         with torch.device("meta"):  # says which layers were Conv1D
@@ -335,7 +336,7 @@ def _dense_layer(layer: TurboQuantLinear, original: nn.Module, dtype: torch.dtyp
 def _provenance(model: Any) -> dict[str, str]:
     """Where the weights came from. Of a local folder only the last component: its path says nothing to others."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    source = {"turboquant_weights": importlib.metadata.version("turboquant-weights"), "load_with": LOAD_WITH}
+    source = {"turboquant_weights": turboquant_weights.__version__, "load_with": LOAD_WITH}
     if name:
         source["model"] = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
     revision = getattr(model.config, "_commit_hash", None)
@@ -345,8 +346,8 @@ def _provenance(model: Any) -> dict[str, str]:
 
 
 def _save_own_names(model: Any) -> None:
-    """Makes ``save_pretrained`` use the model's own names. For some models it restores older ones and fuses layers (q, k and v
-    into one) on the way, which the tripwire does not survive; names under ``skip`` are the model's own, too."""
+    """Makes ``save_pretrained`` use the model's own names, as ``skip`` does. For some models it would restore older names
+    and fuse layers (q, k and v into one) on the way, which planes and the tripwire do not survive."""
     model._weight_conversions = []
 
 
