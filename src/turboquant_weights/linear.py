@@ -9,6 +9,7 @@ from . import ops, reference
 from .config import TurboQuantConfig
 from .errors import QuantizationError
 from .reference import PackedWeight, packed_shapes
+from .rotation import is_autocast_enabled
 
 PLANES = ("codes", "residual", "scales", "exponents")
 
@@ -138,9 +139,8 @@ class TurboQuantLinear(nn.Linear):
                 f"TurboQuantLinear got a {input.dtype} tensor of shape {tuple(input.shape)}: "
                 f"a floating-point tensor [..., {self.in_features}] is needed"
             )
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))
+        if is_autocast_enabled(input) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(input.device.type))
         return ops.linear(
             input,
             self.codes,

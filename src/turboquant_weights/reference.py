@@ -26,7 +26,7 @@ from torch import Tensor
 from .codebook import UNIT, boundary_tensor, level_tensor, levels
 from .errors import QuantizationError
 from .packing import pack, packed_columns, unpack
-from .rotation import SCALE_BLOCK, pad_columns, padded_features, rotate, rotation_block, unrotate
+from .rotation import SCALE_BLOCK, keeps_precision, pad_columns, padded_features, rotate, rotation_block, unrotate
 
 # Elements handled at a time: bounds the temporary memory (about 150 bytes per element at the peak of the search).
 _CHUNK = 1 << 21
@@ -142,28 +142,29 @@ def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor,
     exponents = torch.where(largest > 0, torch.frexp(largest)[1] - 1 - _TOP, 0)
     per_block = torch.exp2(exponents.float()).repeat_interleave(rows.shape[1] // SCALE_BLOCK)
 
-    best_error = best_byte = best_index = None
+    best: tuple[Tensor, Tensor, Tensor] | None = None  # error, byte, index
     for choice in range(_EXACT):
         byte = _nearest_index(ranked[:, choice] / per_block, _scale_boundaries(rows.device))
         scale = (values[byte.long()] * per_block)[:, None]
         index = _nearest_index(torch.where(scale > 0, blocks / scale, 0), boundaries)
         error = (blocks - table[index.long()] * scale).square().sum(1)
         index = index.to(torch.uint8)
-        if best_error is None:
-            best_error, best_byte, best_index = error, byte, index
+        if best is None:
+            best = error, byte, index
         else:
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_byte = torch.where(better, byte, best_byte)
-            best_index = torch.where(better[:, None], index, best_index)
-    assert best_error is not None
-    assert best_byte is not None
-    assert best_index is not None
+            better = error < best[0]
+            best = (
+                torch.where(better, error, best[0]),
+                torch.where(better, byte, best[1]),
+                torch.where(better[:, None], index, best[2]),
+            )
+    assert best is not None
+    error, byte, index = best
     return (
-        best_index.view(rows.shape),
-        best_byte.to(torch.uint8).view(rows.shape[0], -1),
+        index.view(rows.shape),
+        byte.to(torch.uint8).view(rows.shape[0], -1),
         exponents,
-        best_error.view(rows.shape[0], -1).sum(1),
+        error.view(rows.shape[0], -1).sum(1),
     )
 
 
@@ -233,10 +234,8 @@ def quantize_weight(
         weights = torch.exp2(2 * shift.double())
         error += float((row_error.double() * weights).sum())
         norm += float((rows.square().sum(1).double() * weights).sum())
-    codes, residual, scales, exponents = (
-        None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True)
-    )
-    return Quantized(PackedWeight(codes, residual, scales, exponents), error / norm if norm else 0.0)
+    joined = PackedWeight(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Quantized(joined, error / norm if norm else 0.0)
 
 
 @functools.lru_cache(maxsize=32)
@@ -283,6 +282,7 @@ def dequantize_weight(
     return torch.cat(out)
 
 
+@keeps_precision
 def linear(
     x: Tensor,
     packed: PackedWeight,
@@ -306,6 +306,7 @@ def linear(
     return out if bias is None else out + bias.to(out.dtype)
 
 
+@keeps_precision
 def linear_input_gradient(
     grad: Tensor,
     packed: PackedWeight,
@@ -326,7 +327,7 @@ def linear_input_gradient(
         total = term if total is None else total + term
         start = stop
     assert total is not None
-    return unrotate(total, block, seed)[..., :in_features].to(grad.dtype)
+    return unrotate(total, block, seed)[..., :in_features].to(grad.dtype).contiguous()
 
 
 def _row_chunks(packed: PackedWeight) -> list[PackedWeight]:

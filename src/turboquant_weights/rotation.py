@@ -15,9 +15,13 @@ a fused projection therefore share one rotated activation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 SCALE_BLOCK = 32  # columns that share one scale; the smallest rotation block
 _MASK64 = (1 << 64) - 1
@@ -72,12 +76,35 @@ def hadamard(block: int, device: torch.device | str = "cpu", dtype: torch.dtype 
     return _hadamard(block, torch.device(device), dtype)
 
 
+def keeps_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Keeps autocast, which would round float32 operands of a matrix product, out of a function of tensors."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        if not is_autocast_enabled(x):
+            return function(*args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def is_autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; devices without autocast (meta) say no."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+@keeps_precision
 def rotate(x: Tensor, block: int, seed: int) -> Tensor:
     """Rotates the last dimension, a multiple of ``block``, of a floating-point tensor; same shape and dtype."""
     flipped = x * signs(seed, x.shape[-1], x.device, x.dtype)
     return _blockwise(flipped, block)
 
 
+@keeps_precision
 def unrotate(x: Tensor, block: int, seed: int) -> Tensor:
     """Inverse of :func:`rotate`."""
     return _blockwise(x, block) * signs(seed, x.shape[-1], x.device, x.dtype)
