@@ -55,16 +55,16 @@ def log_table(*rows: list[float]) -> Tensor:
 
 def test_kl_and_perplexity_by_hand() -> None:
     reference = Bigram(log_table([0.5, 0.5], [0.25, 0.75]))
-    model = Bigram(log_table([0.25, 0.75], [0.5, 0.5]) + 3.0)  # logits are log-probabilities up to a constant
+    model = Bigram(log_table([0.25, 0.75], [0.9, 0.1]) + 3.0)  # logits are log-probabilities up to a constant
     windows = torch.tensor([[0, 1, 1], [0, 0, 1]])
     result = evaluate(model, windows, reference, progress=False)
     kl_0 = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    kl_1 = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    kl_1 = 0.25 * math.log(0.25 / 0.9) + 0.75 * math.log(0.75 / 0.1)
     assert result.kl_mean == pytest.approx((kl_0 + kl_1) / 2, rel=1e-5)
     assert result.kl_max == pytest.approx(max(kl_0, kl_1), rel=1e-5)
     assert result.kl_stderr == pytest.approx(abs(kl_0 - kl_1) / 2 * math.sqrt(6 / 5) / math.sqrt(6), rel=1e-3)
-    # Predicted: 0->1 (.75), 1->1 (.5); 0->0 (.25), 0->1 (.75). The last token of a window predicts nothing.
-    assert result.perplexity == pytest.approx((0.75 * 0.5 * 0.25 * 0.75) ** -0.25, rel=1e-6)
+    # Predicted: 0->1 (.75), 1->1 (.1); 0->0 (.25), 0->1 (.75). The last token of a window predicts nothing.
+    assert result.perplexity == pytest.approx((0.75 * 0.1 * 0.25 * 0.75) ** -0.25, rel=1e-6)
     assert (result.tokens, result.positions) == (4, 6)
 
 
