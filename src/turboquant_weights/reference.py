@@ -229,12 +229,18 @@ def quantize_weight(
         exponents = exponents.clamp(min=MIN_EXPONENT).to(torch.int8)
         codes = pack(index >> residual_bits if residual_bits else index, bits)
         residual = pack(index & ((1 << residual_bits) - 1), residual_bits) if residual_bits else None
-        parts.append((codes, residual, scales, exponents))
+        parts.append(PackedWeight(codes, residual, scales, exponents))
         # Relative to the matrix: put the rows' powers of two back, in float64.
         weights = torch.exp2(2 * shift.double())
         error += float((row_error.double() * weights).sum())
         norm += float((rows.square().sum(1).double() * weights).sum())
-    joined = PackedWeight(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    residuals = [part.residual for part in parts if part.residual is not None]
+    joined = PackedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat(residuals) if residuals else None,
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.exponents for part in parts]),
+    )
     return Quantized(joined, error / norm if norm else 0.0)
 
 
