@@ -4,15 +4,16 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import format_oracle as oracle
 import pytest
 import tiny_checkpoint
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from turboquant_weights import TurboQuantConfig, TurboQuantLinear, load
+from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantLinear, load
 from turboquant_weights.checkpoint import verify
 from turboquant_weights.reference import (
     PackedWeight,
@@ -168,6 +169,17 @@ def test_kept_checkpoint_of_version_1_runs():
         logits = model(torch.tensor([[1, 5, 9, 20]])).logits[0, -1, :6]
     expected = torch.tensor([0.032704, 0.005248, -0.192325, 0.215485, -0.098238, 0.132412])
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+def test_loading_refuses_forbidden_exponents(tmp_path):
+    pytest.importorskip("transformers")
+    shutil.copytree(FIXTURES / "v1" / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("turboquant_weights.json"))
+    path = tmp_path / "llama" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.q_proj.exponents"][7] = 127
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"q_proj\.exponents' holds 127"):
+        load(tmp_path / "llama")
 
 
 KEPT_V1 = {

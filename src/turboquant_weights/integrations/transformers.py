@@ -43,7 +43,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import turboquant_weights
 
 from .. import model as walker
-from ..checkpoint import atomic_folder, validate, write_manifest
+from ..checkpoint import atomic_folder, check_values, validate, write_manifest
 from ..config import QUANT_METHOD, TurboQuantConfig
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..header import TensorInfo, read_header
@@ -380,7 +380,7 @@ def load_quantized(
     import transformers
 
     if os.path.isdir(folder):
-        validate(folder)
+        check_values(validate(folder))
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token", "trust_remote_code") if key in kwargs}
     config = transformers.AutoConfig.from_pretrained(folder, **hub)
     quantization = getattr(config, "quantization_config", None)
