@@ -90,12 +90,21 @@ def test_inspect_and_verify(cli, checkpoint):
     values = json.loads(out)
     assert (code, len(values["layers"]), values["config"]["residual_bits"]) == (0, 14, 2)
     assert values["quantized_bytes"] == sum(layer["nbytes"] for layer in values["layers"])
+    assert values["layers"][0]["error"] is None
     code, out, _ = cli("verify", checkpoint)
     assert (code, "14 quantized layers" in out) == (0, True)
     code, out, _ = cli("verify", checkpoint, "--json")
     values = json.loads(out)
     assert (code, values["manifest_checked"]) == (0, True)
     assert "model.safetensors" in values["sha256"]
+
+
+def test_inspect_with_the_reference_shows_errors(cli, dense, checkpoint):
+    code, out, err = cli("inspect", checkpoint, "--reference", dense, "--json")
+    assert code == 0, err
+    assert all(1e-4 < layer["error"] < 1e-2 for layer in json.loads(out)["layers"])
+    code, out, _ = cli("inspect", checkpoint, "--reference", dense)
+    assert (code, "error" in out) == (0, True)
 
 
 def test_verify_finds_a_changed_byte(cli, checkpoint, tmp_path):

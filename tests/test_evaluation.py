@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from turboquant_weights import quantize_model
 from turboquant_weights.errors import ConfigError, TurboQuantError
 from turboquant_weights.evaluation import (
     compare,
     evaluate,
     kl_divergence,
+    layer_errors,
     noise_floor,
     resident_bytes,
     sample_text,
@@ -188,3 +191,14 @@ def test_sample_text_is_the_licensed_excerpt() -> None:
     assert text.startswith(" = Robert Boulter = \n")
     assert "\n = Du Fu = \n" in text
     assert 16_000 < len(text.encode()) < 40_000
+
+
+def test_layer_errors_are_those_of_the_report() -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(32, 5, bias=False))
+    reference = copy.deepcopy(model)
+    report = quantize_model(model, skip=[], progress=False)
+    assert layer_errors(model, reference) == pytest.approx({layer.name: layer.error for layer in report.layers}, rel=1e-3)
+    with pytest.raises(ConfigError, match="does not fit"):
+        layer_errors(model, nn.Sequential(nn.Linear(64, 8)))
+    with pytest.raises(ConfigError, match=r"\[8, 32\]"):
+        layer_errors(model, nn.Sequential(nn.Linear(32, 8), nn.Linear(32, 5)))

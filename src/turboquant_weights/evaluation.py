@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .errors import ConfigError, TurboQuantError
+from .errors import ConfigError, QuantizationError, TurboQuantError
+from .linear import TurboQuantLinear, dense_weight
 
 REFERENCE = "reference"
 # Rows of logits in float32 at once: a vocabulary of 262,144 then takes 134 MB per temporary.
@@ -164,6 +165,27 @@ def resident_bytes(model: nn.Module) -> int:
         storage = tensor.untyped_storage()
         storages[tensor.device, storage.data_ptr() or id(tensor)] = storage.nbytes()
     return sum(storages.values())
+
+
+def layer_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
+    """Layer name -> ``||W - W'||^2 / ||W||^2`` of each quantized layer of ``model``; ``reference`` holds the dense ``W``.
+
+    Raises:
+        ConfigError: ``reference`` has no such layer, or one of another shape.
+    """
+    errors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TurboQuantLinear):
+            try:
+                weight = dense_weight(reference.get_submodule(name), name).to(module.packed.codes.device, torch.float32)
+            except (AttributeError, QuantizationError) as error:
+                raise ConfigError(f"the reference does not fit the checkpoint: {error}") from None
+            if weight.shape != (module.out_features, module.in_features):
+                raise ConfigError(f"{name} is {list(weight.shape)} in the reference: the checkpoint was not made from it")
+            change = torch.linalg.vector_norm(module.dequantize(torch.float32) - weight)
+            norm = torch.linalg.vector_norm(weight)
+            errors[name] = 0.0 if change == 0 else (change / norm).square().item()
+    return errors
 
 
 class _Score:

