@@ -1,5 +1,6 @@
 """TurboQuant for weights: rotated Lloyd-Max codebooks for the linear layers of language models."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from .config import TurboQuantConfig
@@ -22,6 +23,9 @@ __all__ = [
     "save",
 ]
 
-__version__ = _version("turboquant-weights")
+try:
+    __version__ = _version("turboquant-weights")
+except _PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
 
 register_lazily()

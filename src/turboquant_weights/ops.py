@@ -9,6 +9,9 @@ op per forward, so that ``torch.compile`` sees one opaque node and eager mode pa
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -59,8 +62,39 @@ def _linear_input_gradient(
     return reference.linear_input_gradient(grad, packed, in_features, **layout)
 
 
-# The plain-PyTorch reference serves every device until a backend registers something faster for its own key.
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _linear_cuda(
+    x: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    # Documented, not a fallback on failure: float64 and machines without Triton (Windows) compute with the reference.
+    if x.dtype == torch.float64 or not _has_triton():
+        return _linear(
+            x, codes, residual, scales, exponents, bias, in_features, bits, residual_bits, group_size, seed
+        )  # fmt: skip
+    from .kernels.linear import linear
+
+    packed = PackedWeight(codes, residual, scales, exponents)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    return linear(x, packed, bias, in_features, **layout)
+
+
+# The plain-PyTorch reference serves every device but those with kernels of their own.
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear_cuda, "CUDA")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
 
 

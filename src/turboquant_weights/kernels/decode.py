@@ -1,0 +1,245 @@
+"""Decoding planes in registers: shared by the matmul and the dequantization.
+
+**Order of columns.** A thread loads 16 bytes of a row of ``codes``: the 32 columns of one scale. In a tile of 128 columns,
+column ``t*32 + p*8 + h*4 + i0*2 + i1`` (thread ``t`` of 4, word ``p`` of 4, the rest inside a 32-bit word) takes place
+``(p*2 + h)*16 + i1*8 + t*2 + i0`` of the contraction: the place at which that thread's registers sit in a tensor-core
+fragment. ``rotate.py`` writes activations in this order.
+
+**Base plane of 4 bits.** Half-integer levels in half precision: ``prmt`` looks up the two bytes of four magnitudes at a
+time, one more turns four sign bits into bytes, four join the bytes into half2 pairs, and a packed multiply applies the
+scale: 2.75 instructions per weight.
+
+**4 + r bits.** The index of 5, 6 or 8 bits becomes a half by planting it into the mantissa of 1024; the codebook's odd
+polynomial follows in packed FMAs, the arithmetic that defines the levels (codebook.py).
+
+The assembly is PTX and NVIDIA's only; :func:`decode_gather` is the portable path, correct for every pair of planes.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import triton
+import triton.language as tl
+
+from ..codebook import HALF_INTEGER_LEVELS, POLYNOMIALS
+
+TILE = 128  # columns per step of the contraction
+FAST = ((4, 0), (4, 1), (4, 2), (4, 4))  # (bits, residual bits) with an assembly decoder
+
+
+def physical_column(place: int) -> int:
+    """The column, within its tile of 128, at ``place`` of the contraction.
+
+    >>> sorted(map(physical_column, range(128))) == list(range(128))
+    True
+    """
+    p, h, i1, t, i0 = place >> 5, (place >> 4) & 1, (place >> 3) & 1, (place >> 1) & 3, place & 1
+    return t * 32 + p * 8 + h * 4 + i0 * 2 + i1
+
+
+def _half_bits(value: float) -> int:
+    return struct.unpack("<H", struct.pack("<e", value))[0]
+
+
+def _pair(value: float) -> str:
+    return f"0x{_half_bits(value) * 0x10001:08x}"
+
+
+def _base_tables() -> tuple[int, ...]:
+    """High bytes, low bytes of the eight magnitudes in half precision, and the byte of a sign: five signed 32-bit words."""
+    bits = [_half_bits(c + 0.5) for c in HALF_INTEGER_LEVELS[4]]
+    high, low = bytes(b >> 8 for b in bits), bytes(b & 255 for b in bits)
+    words = (high[:4], high[4:], low[:4], low[4:], b"\x80\0\0\0")
+    return tuple(int.from_bytes(word, "little", signed=True) for word in words)
+
+
+# The assembly decodes two 32-bit words of eight 4-bit codes into eight half2 registers: of each word the weights (0,2),
+# (1,3), (4,6), (5,7), scaled. Operands, each for both words: $0-$7 results (early-clobber: they are written while operands are
+# still to be read), $8 $9 codes, then without a residual $10 the scale twice as half2 and $12 $14 $16 $18 $20 the tables;
+# with one $10 $11 the residual, 4 bits per column, and $12 the scale.
+_BASE_WORD = """{{
+    .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, a, b, c, d;
+    and.b32 t, ${word}, 0x88888888; shr.u32 u, t, 3; mul.lo.u32 v, u, 7;
+    lop3.b32 s, ${word}, v, 0x77777777, 0x82;  // index of the magnitude: the low three bits, flipped below zero
+    shr.u32 s2, s, 16; shr.u32 u2, u, 16;
+    prmt.b32 h0, $12, $14, s; prmt.b32 l0, $16, $18, s;
+    prmt.b32 h1, $12, $14, s2; prmt.b32 l1, $16, $18, s2;
+    prmt.b32 g0, $20, 0, u; prmt.b32 g1, $20, 0, u2;
+    xor.b32 h0, h0, g0; xor.b32 h1, h1, g1;
+    prmt.b32 a, l0, h0, 0x6240; prmt.b32 b, l0, h0, 0x7351;
+    prmt.b32 c, l1, h1, 0x6240; prmt.b32 d, l1, h1, 0x7351;
+    mul.rn.f16x2 ${r0}, a, $10; mul.rn.f16x2 ${r1}, b, $10; mul.rn.f16x2 ${r2}, c, $10; mul.rn.f16x2 ${r3}, d, $10;
+}}
+"""
+
+
+def _base_assembly() -> str:
+    words = (dict(word=8 + w, r0=4 * w, r1=4 * w + 1, r2=4 * w + 2, r3=4 * w + 3) for w in (0, 1))
+    return "".join(_BASE_WORD.format(**word) for word in words)
+
+
+def _nested_assembly(residual_bits: int) -> str:
+    r, total = residual_bits, 4 + residual_bits
+    keep = f"0x{(0xF << r) * 0x01010101:08x}"
+    offset = _pair(-(1024.0 + 2 ** (total - 1) - 1))
+    step, half = _pair(2.0 ** -(total - 2)), _pair(-(2.0 ** -(total - 1)))
+    coefficients = [_pair(c) for c in POLYNOMIALS[4, r]]
+    lines = []
+    for word in (0, 1):
+        codes, rest = f"${8 + word}", f"${10 + word}"
+        odd = f"mov.b32 o, {codes}" if r == 4 else f"shr.u32 o, {codes}, {4 - r}"
+        lines += [
+            "{ .reg .b32 e, o, f, g, x, q, y, offset, step, half;",
+            f"mov.b32 offset, {offset}; mov.b32 step, {step}; mov.b32 half, {half};",
+            # Bytes of the whole index: even columns in e, odd ones in o.
+            f"shl.b32 e, {codes}, {r}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
+            f"{odd}; shr.u32 f, {rest}, 4; lop3.b32 o, o, f, {keep}, 0xE4;",
+        ]
+        for pair, (source, pick) in enumerate((("e", "0x4140"), ("o", "0x4140"), ("e", "0x4342"), ("o", "0x4342"))):
+            lines.append(f"prmt.b32 x, {source}, 0x64646464, {pick}; add.rn.f16x2 x, x, offset;")
+            lines.append("fma.rn.f16x2 x, x, step, half; mul.rn.f16x2 q, x, x;")
+            lines.append(f"mov.b32 y, {coefficients[-2]}; mov.b32 g, {coefficients[-1]}; fma.rn.f16x2 y, q, g, y;")
+            lines += [f"mov.b32 g, {c}; fma.rn.f16x2 y, y, q, g;" for c in coefficients[-3::-1]]
+            lines.append(f"mul.rn.f16x2 y, y, x; mul.rn.f16x2 ${4 * word + pair}, y, $12;")
+        lines.append("}")
+    return "\n".join(lines)
+
+
+@functools.cache
+def assembly(bits: int, residual_bits: int) -> str:
+    """PTX of the decoder of a pair of planes in ``FAST``; the empty string selects :func:`decode_gather`."""
+    if (bits, residual_bits) not in FAST:
+        return ""
+    return _nested_assembly(residual_bits) if residual_bits else _base_assembly()
+
+
+# Widening a residual plane to 4 bits per column. Two bits: the 16 columns of a word become two words.
+_WIDEN_2 = tl.constexpr(
+    "{ .reg .b32 v, w;"
+    + "".join(
+        f" bfe.u32 v, $2, {16 * i}, 16;"
+        " shl.b32 w, v, 8; or.b32 v, v, w; and.b32 v, v, 0x00ff00ff;"
+        " shl.b32 w, v, 4; or.b32 v, v, w; and.b32 v, v, 0x0f0f0f0f;"
+        f" shl.b32 w, v, 2; or.b32 v, v, w; and.b32 ${i}, v, 0x33333333;"
+        for i in range(2)
+    )
+    + "}"
+)
+# One bit: each byte, 8 columns, becomes a word.
+_WIDEN_1 = tl.constexpr(
+    "{ .reg .b32 v, w;"
+    + "".join(
+        f" bfe.u32 v, $4, {8 * i}, 8;"
+        " shl.b32 w, v, 12; or.b32 v, v, w; and.b32 v, v, 0x000f000f;"
+        " shl.b32 w, v, 6; or.b32 v, v, w; and.b32 v, v, 0x03030303;"
+        f" shl.b32 w, v, 3; or.b32 v, v, w; and.b32 ${i}, v, 0x11111111;"
+        for i in range(4)
+    )
+    + "}"
+)
+_RESULTS = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r"
+_BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 14)
+_NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 6)
+_H0, _H1, _L0, _L1, _SIGN = (tl.constexpr(word) for word in _base_tables())
+
+
+@triton.jit
+def _register(WORD: tl.constexpr):
+    """A constant that the compiler does not recognise: it would put it into a uniform register and copy it back per use."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .u32 zero; mov.u32 zero, %laneid; shr.u32 zero, zero, 5; add.u32 $0, $1, zero; }", "=r,r",
+        [tl.full((), WORD, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def tables(RESIDUAL_BITS: tl.constexpr):
+    """Operands of the base decoder, to be made once per program."""
+    if RESIDUAL_BITS == 0:
+        words = (_register(_H0), _register(_H1), _register(_L0), _register(_L1), _register(_SIGN))
+    else:
+        words = (0, 0, 0, 0, 0)
+    return words
+
+
+@triton.jit
+def scale_pairs(scale):
+    """Scale bytes -> int32 holding the half-precision number ``value * 2**-7`` twice."""
+    half = (scale.to(tl.int16) << 5).to(tl.float16, bitcast=True) * 4096.0
+    word = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return word | (word << 16)
+
+
+@triton.jit
+def widen_residual(packed, ROWS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
+    """int32 [ROWS, 128 * RESIDUAL_BITS] -> 4 bits per column, int32 [ROWS, 512]; without a residual, as it is."""
+    if RESIDUAL_BITS == 2:
+        w0, w1 = tl.inline_asm_elementwise(_WIDEN_2, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        words = tl.join(w0, w1).reshape(ROWS, 512)
+    elif RESIDUAL_BITS == 1:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _WIDEN_1, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, 512)
+    else:
+        words = packed
+    return words
+
+
+@triton.jit
+def decode_words(codes, residual, scale, words, ROWS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Codes int32 [ROWS, 512], raw residual, scale bytes [ROWS, 128], operands of :func:`tables` -> half [ROWS, 512, 2, 2, 2].
+
+    Dimensions: row, (thread 128, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
+    """
+    pairs = tl.broadcast_to(tl.expand_dims(scale_pairs(scale), 2), (ROWS, 128, 4)).reshape(ROWS, 512)
+    if RESIDUAL_BITS == 0:
+        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            ASSEMBLY, _BASE_CONSTRAINTS, [codes, pairs, words[0], words[1], words[2], words[3], words[4]],
+            dtype=(tl.float16,) * 8, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            ASSEMBLY, _NESTED_CONSTRAINTS, [codes, widen_residual(residual, ROWS, RESIDUAL_BITS), pairs],
+            dtype=(tl.float16,) * 8, is_pure=True, pack=2,
+        )  # fmt: skip
+    even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
+    odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def plane_field(plane, row, column, valid, BITS: tl.constexpr):
+    """The ``BITS`` bits of ``column`` in the rows at ``plane`` + ``row`` (a byte offset): any width, any column."""
+    bit = column * BITS
+    byte = row + (bit >> 3)
+    word = tl.load(plane + byte, mask=valid, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # the field may reach into the next byte; when it does, that byte exists
+        crosses = valid & ((bit & 7) + BITS > 8)
+        word |= tl.load(plane + byte + 1, mask=crosses, other=0).to(tl.int32) << 8
+    return (word >> (bit & 7)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def decode_gather(
+    codes, residual, scales, levels, code_row, residual_row, scale_row, column, valid,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+):  # fmt: skip
+    """Level times scale (value * 2**-7) in float32 for any planes: row offsets and columns broadcast against each other.
+
+    ``levels`` is the codebook in float32; entries that are not ``valid`` are zero.
+    """
+    index = plane_field(codes, code_row, column, valid, BITS)
+    if RESIDUAL_BITS > 0:
+        index = (index << RESIDUAL_BITS) | plane_field(residual, residual_row, column, valid, RESIDUAL_BITS)
+    byte = tl.load(scales + scale_row + (column >> 5), mask=valid, other=0)
+    scale = (byte.to(tl.int16) << 5).to(tl.float16, bitcast=True).to(tl.float32) * 4096.0
+    return tl.load(levels + index) * scale
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2**exponent in float32 for int32 exponents from -126 to 127, exactly."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)

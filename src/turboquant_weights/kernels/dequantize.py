@@ -1,0 +1,55 @@
+"""Planes -> a dense matrix in scratch memory: for many tokens at once, where cuBLAS beats decoding in the loop."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import decode_gather, decode_words, power_of_two, tables
+
+
+@triton.jit(do_not_specialize=["rows", "scale_stride", "groups"])
+def dequantize_kernel(
+    codes, residual, scales, exponents, levels, out,
+    rows, groups, code_stride, residual_stride, scale_stride, out_stride,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Program (32 rows, 128 columns): ``out`` [rows, out_stride] in natural order, still rotated, row exponents applied."""
+    first = tl.program_id(0) * 32
+    tile = tl.program_id(1)
+    place = tl.arange(0, 128)
+    row = first + tl.arange(0, 32)
+    safe_row = tl.minimum(row, rows - 1).to(tl.int64)
+    columns = tile * 128 + place[None, :]
+    if ASSEMBLY == "":
+        at = safe_row[:, None]
+        weight = decode_gather(
+            codes, residual, scales, levels, at * code_stride, at * residual_stride, at * scale_stride,
+            columns, columns < groups * 32, BITS, RESIDUAL_BITS,
+        )  # fmt: skip
+    else:
+        words = tables(RESIDUAL_BITS)
+        word = tl.arange(0, 512)
+        code_row = tl.minimum(first + word // 16, rows - 1).to(tl.int64)
+        group = tl.minimum(tile * 4 + (word // 4) % 4, groups - 1)
+        code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4) + group * 4 + word % 4
+        packed = tl.load(code_address[None, :])
+        thread = tl.arange(0, 128)
+        scale_row = tl.minimum(first + thread // 4, rows - 1).to(tl.int64)
+        scale_group = tl.minimum(tile * 4 + thread % 4, groups - 1)
+        scale = tl.load(scales + (scale_row * scale_stride + scale_group)[None, :])
+        refined = packed
+        if RESIDUAL_BITS > 0:
+            rest = tl.arange(0, 128 * RESIDUAL_BITS)
+            rest_row = tl.minimum(first + rest // (4 * RESIDUAL_BITS), rows - 1).to(tl.int64)
+            rest_group = tl.minimum(tile * 4 + (rest // RESIDUAL_BITS) % 4, groups - 1)
+            offset = rest_row * (residual_stride // 4) + rest_group * RESIDUAL_BITS + rest % RESIDUAL_BITS
+            refined = tl.load(residual.to(tl.pointer_type(tl.int32)) + offset[None, :])
+        weight = decode_words(packed, refined, scale, words, 1, RESIDUAL_BITS, ASSEMBLY)
+        # dims: row 32, t, p1, i0, p0, h, i1 -> row, columns (t, p, h, i0, i1)
+        weight = weight.reshape(32, 4, 2, 2, 2, 2, 2).trans(0, 1, 2, 4, 5, 3, 6).reshape(32, 128).to(tl.float32)
+    exponent = tl.load(exponents + safe_row).to(tl.int32) + 7
+    low = exponent >> 1
+    weight = weight * power_of_two(low)[:, None] * power_of_two(exponent - low)[:, None]
+    address = out + row.to(tl.int64)[:, None] * out_stride + columns
+    tl.store(address, weight.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (columns < groups * 32))

@@ -1,0 +1,100 @@
+"""The rotation of activations (rotation.py) as one launch: signs, Hadamard, scale, order of columns.
+
+A tile of 128 columns is multiplied by a 128 x 128 matrix of +1, -1 and 0: the block-diagonal Hadamard matrix whose columns
+are already in the order that the consumer wants. Products with +-1 are exact in every dtype and sums are float32's.
+
+For the matmul, each token is scaled by a power of two so that its largest entry lies in [2**10, 2**11): after the rotation
+nothing can exceed 2**14.5, so half precision holds bfloat16's range with three more bits. The matmul undoes the scale.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rotation import hadamard, signs
+from .decode import TILE, physical_column, power_of_two
+
+
+@functools.lru_cache(maxsize=32)
+def tile_matrix(block: int, ordered: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[128, 128] of +1, -1, 0: block-diagonal Hadamard; with ``ordered`` its columns are in the decoder's order."""
+    one = (hadamard(block) * block**0.5).round()
+    matrix = torch.block_diag(*[one] * (TILE // block))
+    if ordered:
+        matrix = matrix[:, [physical_column(place) for place in range(TILE)]]
+    return matrix.to(device=device, dtype=dtype).contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def tile_signs(seed: int, tiles: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Signs of ``tiles * 128`` columns."""
+    return signs(seed, tiles * TILE, device, dtype).contiguous()
+
+
+@triton.jit
+def _launch_dependents():
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "counters_size"])
+def rotate_scaled_kernel(
+    x, x_stride, sign, matrix, out, token_scale, counters, tokens, counters_size, columns, tiles, norm,
+    TILES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token, part): rotates ``TILES`` tiles of a token into half precision, scaled by a power of two.
+
+    ``x`` [tokens, columns] rows ``x_stride`` apart; ``out`` float16 [tokens, tiles * 128]; ``token_scale`` float32 [tokens]
+    is what the result must be multiplied by. Also zeroes the ``counters`` of the split-K reduction that follows.
+    """
+    if PDL:
+        _launch_dependents()
+    token = tl.program_id(0)
+    part = tl.program_id(1)
+    row = x + token.to(tl.int64) * x_stride
+    chunk = tl.arange(0, CHUNK)
+    largest = tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, columns, CHUNK):
+        values = tl.load(row + start + chunk, mask=start + chunk < columns, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+    exponent = tl.where(bits == 0, 10, tl.maximum((bits >> 23) - 127, -110))
+    up = power_of_two(10 - exponent)
+
+    tile = part * TILES + tl.arange(0, TILES)
+    place = tl.arange(0, 128)
+    column = tile[:, None] * 128 + place[None, :]
+    values = tl.load(row + column, mask=column < columns, other=0.0)
+    flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
+    square = tl.load(matrix + place[:, None] * 128 + place[None, :])
+    rotated = tl.dot(values * flips, square, input_precision="ieee") * (norm * up)
+    tl.store(out + token.to(tl.int64) * (tiles * 128) + column, rotated.to(tl.float16), mask=column < tiles * 128)
+    if part == 0:
+        tl.store(token_scale + token, power_of_two(exponent - 10))
+    program = token * tl.num_programs(1) + part
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    for start in range(program * 128, counters_size, programs * 128):
+        tl.store(counters + start + place, tl.zeros((128,), tl.int32), mask=start + place < counters_size)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rotate_kernel(x, x_stride, sign, matrix, out, out_stride, rows, columns, tiles, out_columns, norm, TILES: tl.constexpr):
+    """Rotates ``TILES`` of the ``rows = tokens * tiles`` tiles in the input's dtype, natural order of columns."""
+    index = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    token, tile = index // tiles, index % tiles
+    place = tl.arange(0, 128)
+    column = (tile[:, None] * 128 + place[None, :]).to(tl.int32)
+    live = index[:, None] < rows
+    values = tl.load(x + token[:, None] * x_stride + column, mask=live & (column < columns), other=0.0)
+    flips = tl.load(sign + column)
+    square = tl.load(matrix + place[:, None] * 128 + place[None, :])
+    rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
+    tl.store(
+        out + token[:, None] * out_stride + column, rotated.to(out.dtype.element_ty), mask=live & (column < out_columns)
+    )

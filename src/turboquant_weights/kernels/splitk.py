@@ -1,0 +1,144 @@
+"""The fused matmul: planes decoded in registers, tensor cores, split-K, exponents and bias in one launch.
+
+It computes ``out^T = W x^T``: the decoded weight is the left operand and never leaves registers, tokens are the small right
+operand. Program (row tile, split, token tile) sums its share of the columns; the last program of a tile to arrive adds the
+shares in the order of their index, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import decode_gather, decode_words, power_of_two, tables
+
+
+@triton.jit
+def _wait_for_producer():
+    tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _at(tile, index, UNITS: tl.constexpr, groups, TAIL: tl.constexpr):
+    """Offset in a row, for threads that read ``UNITS`` elements each; thread ``t`` of 4 reads scale group ``4 * tile + t``."""
+    group = tile * 4 + (index // UNITS) % 4
+    if TAIL:  # beyond the last column x is zero: any finite weight will do
+        group = tl.minimum(group, groups - 1)
+    return group * UNITS + index % UNITS
+
+
+@triton.jit(do_not_specialize=["tokens", "scale_stride", "groups", "splits"])
+def splitk_kernel(
+    x, token_scale, codes, residual, scales, exponents, bias, levels, out, partial, counters,
+    tokens, rows, groups, x_stride, code_stride, residual_stride, scale_stride, splits,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REDUCE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``x`` float16 [tokens, x_stride] from ``rotate_scaled_kernel``; planes as on disk; ``out`` [tokens, rows].
+
+    ``groups`` is the number of scales per row; TAIL says that it is not a multiple of 4. ``partial`` float32 [row tiles,
+    token tiles, splits, BLOCK_N, BLOCK_M] and zeroed ``counters`` int32 [row tiles, token tiles] serve REDUCE (splits > 1).
+    """
+    tile_n = tl.program_id(0)
+    split = tl.program_id(1)
+    tile_m = tl.program_id(2)
+    token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.arange(0, 128)
+    inner = tl.arange(0, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(groups, 4), splits)
+    first = split * share
+    last = tl.minimum(first + share, tl.cdiv(groups, 4))
+    x_address = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * x_stride + place[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+
+    if ASSEMBLY == "":  # any planes, any GPU: a gather per weight and plane
+        row = tile_n * BLOCK_N + inner
+        at = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
+        # decode.physical_column
+        column = ((place >> 1) & 3) * 32 + (place >> 5) * 8 + ((place >> 4) & 1) * 4 + (place & 1) * 2 + ((place >> 3) & 1)
+        if PDL:
+            _wait_for_producer()
+        for tile in tl.range(first, last):
+            columns = tile * 128 + column[None, :]
+            weight = decode_gather(
+                codes, residual, scales, levels, at * code_stride, at * residual_stride, at * scale_stride,
+                columns, columns < groups * 32, BITS, RESIDUAL_BITS,
+            )  # fmt: skip
+            acc = tl.dot(weight.to(tl.float16), tl.trans(tl.load(x_address + tile * 128)), acc)
+    else:
+        # A tile of 64 rows x 128 columns is 2 x 512 words of codes, 4 for each of 128 threads (warp 4, lane 8, t 4).
+        # Registers 0 and 1 of a fragment are rows 8 apart there and 32 apart here: loads stay simple, `row` knows.
+        HALVES: tl.constexpr = BLOCK_N // 32
+        row = tile_n * BLOCK_N + (inner // 64) * 64 + ((inner // 8) % 2) * 32 + ((inner // 16) % 4) * 8 + inner % 8
+        half = tl.arange(0, HALVES)
+        half_row = tile_n * BLOCK_N + (half % (BLOCK_N // 64)) * 64 + (half // (BLOCK_N // 64)) * 32
+        words = tables(RESIDUAL_BITS)
+        half = tl.arange(0, HALVES)
+        half_row = tile_n * BLOCK_N + (half % (BLOCK_N // 64)) * 64 + (half // (BLOCK_N // 64)) * 32
+        thread = tl.arange(0, 128)
+        word = tl.arange(0, 512)
+        WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)  # of the residual, per thread
+        rest = tl.arange(0, 128 * WORDS)
+        code_row = tl.minimum(half_row[:, None] + (word // 16)[None, :], rows - 1).to(tl.int64)
+        scale_row = tl.minimum(half_row[:, None] + (thread // 4)[None, :], rows - 1).to(tl.int64)
+        rest_row = tl.minimum(half_row[:, None] + (rest // (4 * WORDS))[None, :], rows - 1).to(tl.int64)
+        code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4)
+        scale_address = scales + scale_row * scale_stride
+        rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // 4)
+        # Software pipeline by hand: the next tile is on its way while this one is decoded; and the first tile of weights is
+        # on its way while the rotation still runs.
+        tile = tl.minimum(first, tl.cdiv(groups, 4) - 1)
+        packed = tl.load(code_address + _at(tile, word, 4, groups, TAIL)[None, :], eviction_policy="evict_first")
+        scale = tl.load(scale_address + _at(tile, thread, 1, groups, TAIL)[None, :])
+        refined = packed
+        if RESIDUAL_BITS > 0:
+            refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first")
+        if PDL:
+            _wait_for_producer()
+        for tile in tl.range(first, last, num_stages=STAGES):
+            tokens_tile = tl.load(x_address + tile * 128)
+            ahead = tile + 1
+            more = ahead < last
+            next_packed = tl.load(
+                code_address + _at(ahead, word, 4, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
+            )
+            next_scale = tl.load(scale_address + _at(ahead, thread, 1, groups, TAIL)[None, :], mask=more)
+            next_refined = next_packed
+            if RESIDUAL_BITS > 0:
+                next_refined = tl.load(
+                    rest_address + _at(ahead, rest, WORDS, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
+                )
+            weight = decode_words(packed, refined, scale, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
+            # dims: b1, tile of 64 rows, warp, g, t, p1, i0, p0, h, i1 -> rows (tile, warp, b1, g), columns (p, h, i1, t, i0)
+            weight = weight.reshape(2, BLOCK_N // 64, 4, 8, 4, 2, 2, 2, 2, 2).trans(1, 2, 0, 3, 5, 7, 8, 9, 4, 6)
+            acc = tl.dot(weight.reshape(BLOCK_N, 128), tl.trans(tokens_tile), acc)
+            packed, scale, refined = next_packed, next_scale, next_refined
+
+    live = (row < rows)[:, None] & (token < tokens)[None, :]
+    if REDUCE:
+        slot = tile_n * tl.num_programs(2) + tile_m
+        base = partial + slot.to(tl.int64) * splits * (BLOCK_N * BLOCK_M)
+        at = inner[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(base + split * (BLOCK_N * BLOCK_M) + at, acc)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + slot, 1, sem="acq_rel")
+        if arrived == splits - 1:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for i in range(splits):
+                acc += tl.load(base + i * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
+            _finish(acc, token_scale, exponents, bias, out, token, row, rows, live, HAS_BIAS)
+    else:
+        _finish(acc, token_scale, exponents, bias, out, token, row, rows, live, HAS_BIAS)
+
+
+@triton.jit
+def _finish(acc, token_scale, exponents, bias, out, token, row, rows, live, HAS_BIAS: tl.constexpr):
+    """Row exponents in two halves (2**127 * 2**7 is no float32), token scales, bias, one rounding."""
+    exponent = tl.load(exponents + row, mask=row < rows, other=0).to(tl.int32) + 7
+    low = exponent >> 1
+    scale = tl.load(token_scale + token, mask=tl.max(live.to(tl.int32), 0) > 0, other=0.0)
+    acc = acc * power_of_two(low)[:, None] * scale[None, :] * power_of_two(exponent - low)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    address = out + token.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(address, acc.to(out.dtype.element_ty), mask=live)

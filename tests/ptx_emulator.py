@@ -1,0 +1,95 @@
+"""Just enough PTX to run this package's inline assembly on the CPU, one register at a time, inside Triton's interpreter."""
+
+import re
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+
+def _half(word):
+    return np.ascontiguousarray(word).view(np.float16).astype(np.float64).reshape(*word.shape, 2)
+
+
+def _word(pair):
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(pair.astype(np.float16)).view(np.uint32).reshape(pair.shape[:-1])
+
+
+def _prmt(a, b, selector):
+    pool = np.stack([(source >> (8 * i)) & 0xFF for source in (a, b) for i in range(4)])
+    out = np.zeros_like(a)
+    for i in range(4):
+        pick = (selector >> (4 * i)) & 15
+        byte = np.take_along_axis(pool, (pick & 7)[None].astype(np.int64), 0)[0]
+        byte = np.where(pick & 8, np.where(byte & 0x80, 0xFF, 0), byte).astype(np.uint32)
+        out |= byte << np.uint32(8 * i)
+    return out
+
+
+def _lop3(a, b, c, table):
+    out = np.zeros_like(a)
+    for i in range(8):
+        if (int(table.flat[0]) >> i) & 1:
+            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
+OPERATIONS = {
+    "mov": lambda a: a,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "shl": lambda a, b: a << b,
+    "shr": lambda a, b: a >> b,
+    "add.u32": lambda a, b: a + b,
+    "mul.lo": lambda a, b: a * b,
+    "bfe": lambda a, start, length: (a >> start) & ((np.uint32(1) << length) - np.uint32(1)),
+    "lop3": _lop3,
+    "prmt": _prmt,
+    "add.rn.f16x2": lambda a, b: _word(_half(a) + _half(b)),
+    "mul.rn.f16x2": lambda a, b: _word(_half(a) * _half(b)),
+    "fma.rn.f16x2": lambda a, b, c: _word(_half(a) * _half(b) + _half(c)),  # exact in double precision, rounded once
+}
+
+
+def run(assembly: str, results: int, operands: list[np.ndarray]) -> list[np.ndarray]:
+    """Executes ``assembly`` with uint32 ``operands`` as $results, ...; returns $0 .. $results-1."""
+    registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
+    registers["%laneid"] = np.zeros_like(operands[0])
+    text = re.sub(r"//[^\n]*|[{}]", "", assembly)
+    for statement in text.split(";"):
+        words = statement.strip().replace(",", " ").split()
+        if not words or words[0] == ".reg":
+            continue
+        name = next(known for known in OPERATIONS if words[0].startswith(known))
+        arguments = [registers[w] if w in registers else np.full_like(operands[0], int(w, 0)) for w in words[2:]]
+        registers[words[1]] = OPERATIONS[name](*arguments)
+    return [registers[f"${i}"] for i in range(results)]
+
+
+def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, **_):
+    """Stands in for ``tl.inline_asm_elementwise`` in the interpreter."""
+    asm, constraints = (getattr(value, "value", value) for value in (asm, constraints))
+    shape = next((a.handle.data.shape for a in args if isinstance(a, tl.tensor) and a.handle.data.size > 1), ())
+    operands = []
+    for argument in args:
+        data = np.asarray(argument.handle.data if isinstance(argument, tl.tensor) else argument)
+        data = np.broadcast_to(data, shape) if shape else data
+        data = np.ascontiguousarray(data).reshape(-1)
+        if data.dtype.itemsize == 1:
+            operands.append(data.view(np.uint32))
+        else:
+            words = data.astype(np.int64).astype(np.uint32).reshape(-1, pack)
+            operands += [words[:, i] for i in range(pack)]
+    results = constraints.count("=")
+    registers = run(asm, results, operands)
+    types = dtype if isinstance(dtype, tuple) else (dtype,)
+    outs = []
+    for i, element in enumerate(types):
+        mine = np.stack(registers[i * results // len(types) : (i + 1) * results // len(types)], -1)
+        numpy_type = {tl.float16: np.float16, tl.uint8: np.uint8, tl.int32: np.int32}[element]
+        data = np.ascontiguousarray(mine).view(numpy_type).reshape(shape if shape else (1,))
+        kind = tl.block_type(element, list(shape)) if shape else element
+        outs.append(tl.tensor(interpreter.TensorHandle(data, element), kind))
+    return tuple(outs) if isinstance(dtype, tuple) else outs[0]

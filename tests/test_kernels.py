@@ -1,0 +1,254 @@
+"""Triton kernels against the float64 oracle: at most twice the error of the eager computation in the same precision.
+
+On a GPU the kernels are compiled; elsewhere Triton's interpreter runs them, with the inline assembly emulated.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from format_oracle import dequantize, levels
+
+from turboquant_weights import reference
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from ptx_emulator import inline_asm_elementwise, run
+
+from turboquant_weights.kernels import decode
+from turboquant_weights.kernels import linear as kernels
+from turboquant_weights.kernels.schedule import Schedule, choose
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32] if CUDA else [torch.float16]
+SIZES = [0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 129, 300] + ([2049] if CUDA else [])
+COMBINATIONS = [(bits, residual) for bits in (2, 3, 4) for residual in range(5)]
+needs_interpreter = pytest.mark.skipif(CUDA, reason="emulates the assembly that a GPU runs")
+
+
+@pytest.fixture(autouse=True)
+def _working_interpreter(monkeypatch):
+    """Triton 3.6's interpreter calls int() on one-element arrays, which NumPy 2.4 refuses."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """What a kernel forgets to write is NaN (or 255): never a lucky zero."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
+
+    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+
+
+@pytest.fixture
+def assembly_on_cpu(monkeypatch):
+    monkeypatch.setattr(tl, "inline_asm_elementwise", inline_asm_elementwise)
+    monkeypatch.setattr(kernels, "_capability", lambda device: 80)
+
+
+@functools.cache
+def layer(n: int, k: int, bits: int, residual_bits: int, group_size: int = 128, seed: int = 0):
+    """Quantized weight and its float64 matrix."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)) * torch.logspace(-3, 1, n)[:, None]
+    packed = reference.quantize_weight(
+        weight, bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed
+    ).weight
+    exact = dequantize(packed, k, bits, residual_bits, group_size, seed)
+    return reference.PackedWeight(*(None if t is None else t.to(DEVICE) for t in packed)), exact.to(DEVICE)
+
+
+def check(x, bias, n, k, bits, residual_bits, group_size=128, seed=0, function=kernels.linear):
+    packed, exact = layer(n, k, bits, residual_bits, group_size, seed)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    want = x.double() @ exact.T + (0 if bias is None else bias.double())
+    eager = reference.linear(x, packed, bias, k, **layout)
+    got = function(x, packed, bias, k, **layout)
+    assert got.dtype == x.dtype
+    assert got.shape == want.shape
+    size = exact.norm(dim=1)  # rows of every magnitude count alike
+    error, allowed = (((y.double() - want) / size).norm() for y in (got, eager))
+    assert error <= 2 * allowed + 1e-6 * x.double().norm()
+    assert torch.equal(got, function(x, packed, bias, k, **layout)), "not deterministic"
+
+
+def inputs(m: int, n: int, k: int, dtype=torch.float16, bias=True):
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, k, generator=generator).to(DEVICE, dtype)
+    return x, torch.randn(n, generator=generator).to(DEVICE, dtype) if bias else None
+
+
+def test_order_of_columns_is_a_permutation():
+    assert sorted(map(decode.physical_column, range(128))) == list(range(128))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", SIZES)
+def test_any_number_of_tokens(m, dtype):
+    check(*inputs(m, 67, 288, dtype, bias=m % 2 == 1), 67, 288, 4, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
+@pytest.mark.parametrize("m", [3, 300])
+def test_every_pair_of_planes(m, bits, residual_bits, dtype):
+    check(*inputs(m, 35, 160, dtype), 35, 160, bits, residual_bits)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(1, 1, 128), (33, 31, 128), (64, 128, 32), (65, 100, 64), (130, 512, 128)]
+)
+@pytest.mark.parametrize("m", [2, 300])
+def test_awkward_shapes(m, n, k, group_size):
+    check(*inputs(m, n, k), n, k, 4, 0, group_size, seed=7)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize(("n", "k", "m"), [(67, 288, 5), (130, 384, 33), (40, 64, 300)])
+def test_assembly_path(n, k, m, bits, residual_bits, assembly_on_cpu):
+    check(*inputs(m, n, k), n, k, bits, residual_bits)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+def test_assembly_decodes_the_codebook_exactly(residual_bits):
+    random = np.random.default_rng(0)
+    words = [random.integers(0, 2**32, 4099, dtype=np.uint32) for _ in range(2)]
+    rests = [random.integers(0, 2**residual_bits, (8, 4099), dtype=np.uint32) for _ in range(2)]
+    packed_rests = [sum(rest[i] << np.uint32(4 * i) for i in range(8)).astype(np.uint32) for rest in rests]
+    operands = words + (packed_rests if residual_bits else []) + [np.full_like(words[0], 0x3C003C00)] * 2
+    for table in decode._base_tables():
+        operands += [np.full_like(words[0], table & 0xFFFFFFFF)] * 2
+    registers = run(decode.assembly(4, residual_bits), 8, operands)
+    table = np.array([float(level) for level in levels(4, residual_bits)])
+    halves = np.stack([r.view(np.float16).reshape(-1, 2)[:, i] for r in registers for i in (0, 1)]).astype(np.float64)
+    for w in (0, 1):
+        for position, weight in enumerate((0, 2, 1, 3, 4, 6, 5, 7)):
+            index = (((words[w] >> np.uint32(4 * weight)) & 15) << np.uint32(residual_bits)) | rests[w][weight]
+            assert np.array_equal(halves[8 * w + position], table[index])
+
+
+@pytest.mark.parametrize("schedule", [(16, 64, 1, 3, 4), (16, 64, 4, 2, 4), (32, 64, 3, 1, 4), (64, 128, 2, 3, 8)])
+def test_every_schedule_gives_the_result(schedule):
+    def fused(x, packed, bias, k, **layout):
+        out = torch.full((x.shape[0], packed.codes.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
+        kernels.fused(x, packed, bias, out, k, *layout.values(), Schedule(*schedule))
+        return out
+
+    check(*inputs(37, 130, 544), 130, 544, 4, 0, function=fused)
+
+
+def test_strided_input_and_leading_dimensions():
+    packed, exact = layer(67, 288, 4, 0)
+    layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    wide = torch.randn(2, 3, 2 * 288, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.float16)
+    for x in (wide[..., :288], wide[..., ::2], wide[:, :, 288:].transpose(0, 1)):
+        got = kernels.linear(x, packed, None, 288, **layout)
+        want = x.double() @ exact.T
+        assert got.shape == want.shape
+        assert (got.double() - want).norm() < 2e-3 * want.norm()
+        assert torch.equal(got, kernels.linear(x.contiguous(), packed, None, 288, **layout))
+
+
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 1.0, 300.0, 6e4])
+def test_activations_of_any_magnitude(magnitude):
+    """Half precision holds 6e4; its rotation by itself would not. Weights are small, so the result fits."""
+    weight = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)) * 1e-3
+    packed = reference.quantize_weight(weight).weight
+    exact = dequantize(packed, 256, 4, 0, 128, 0)
+    moved = reference.PackedWeight(*(None if t is None else t.to(DEVICE) for t in packed))
+    x = (torch.sign(torch.randn(3, 256, generator=torch.Generator().manual_seed(1))) * magnitude).half()
+    x[1] = 0  # a token of zeros, and one with a single outlier
+    x[2, 1:] *= 1e-3
+    got = kernels.linear(x.to(DEVICE), moved, None, 256, bits=4, residual_bits=0, group_size=128, seed=0).cpu()
+    want = x.double() @ exact.T
+    assert (got[1] == 0).all()
+    tiny = 2.0**-24 * 40**0.5  # the result's own rounding, where it is subnormal
+    assert ((got.double() - want).norm(dim=1) <= 1e-3 * want.norm(dim=1) + tiny).all()
+
+
+def test_extreme_row_exponents():
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).double()
+    rows = (weight * torch.tensor([1e-30, 1e-12, 1.0, 1e25])[:, None]).float()
+    packed = reference.quantize_weight(rows).weight
+    exact = dequantize(packed, 64, 4, 0, 128, 0)
+    moved = reference.PackedWeight(*(None if t is None else t.to(DEVICE) for t in packed))
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+    got = kernels.linear(x.to(DEVICE), moved, None, 64, bits=4, residual_bits=0, group_size=128, seed=0).cpu()
+    want = x.double() @ exact.T
+    assert ((got.double() - want).norm(dim=0) <= 1e-5 * want.norm(dim=0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_and_dequantization_equal_the_reference(dtype):
+    from turboquant_weights.rotation import pad_columns, rotate
+
+    x = torch.randn(37, 150, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    want = rotate(pad_columns(x.double(), 160), 32, 5)
+    got = kernels.rotate(x, 160, 32, 5).double()
+    assert (got - want).norm() <= 0.6 * torch.finfo(dtype).eps * want.norm() + 1e-6
+    for bits, residual_bits in ((4, 0), (4, 4), (3, 1)):
+        packed, _ = layer(35, 160, bits, residual_bits)
+        dense = kernels.dequantize_rotated(packed, bits, residual_bits, dtype).double()
+        exact = reference._decode_rows(packed, bits, residual_bits, torch.float64)
+        assert (dense - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+
+
+def test_heuristic_covers_everything():
+    for tokens in (1, 8, 16, 17, 64, 65, 256):
+        for rows in (1, 100, 4096, 152064):
+            for columns in (32, 3584, 18944):
+                schedule = choose(tokens, rows, columns, True)
+                assert schedule.block_m >= min(tokens, 128)
+                assert 1 <= schedule.split <= max(1, -(-columns // 128))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_module_runs_the_kernels_eagerly_compiled_and_captured(m):
+    from turboquant_weights import TurboQuantLinear
+
+    linear = TurboQuantLinear.from_linear(torch.nn.Linear(512, 384)).to("cuda", torch.bfloat16)
+    x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+    want = linear(x)
+    oracle = x.double() @ linear.dequantize(torch.float64).T + linear.bias.double()
+    assert (want.double() - oracle).norm() < 5e-3 * oracle.norm()
+    assert torch.equal(want, torch.compile(linear, fullgraph=True)(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = linear(x)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(want, captured)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_split_k_under_concurrent_streams():
+    packed, _ = layer(130, 1024, 4, 0)
+    layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    x, bias = inputs(3, 130, 1024)
+    want = kernels.linear(x, packed, bias, 1024, **layout)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    outs = []
+    for i in range(10_000):
+        with torch.cuda.stream(streams[i % 4]):
+            outs.append(kernels.linear(x, packed, bias, 1024, **layout))
+    torch.cuda.synchronize()
+    assert all(torch.equal(want, out) for out in outs)
