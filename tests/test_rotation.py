@@ -60,10 +60,11 @@ def test_rotation_matches_the_document_and_inverts(k, group_size):
 def test_shards_share_the_rotation():
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
     whole = rotate(x, 128, 3)
-    assert torch.equal(whole[1:], rotate(x[1:], 128, 3))  # rows
-    assert torch.equal(whole[:, :256], rotate(x[:, :256], 128, 3))  # the first columns
+    close = dict(rtol=0, atol=1e-6)  # not bit for bit: a matmul may sum in another order when its shape changes
+    torch.testing.assert_close(whole[1:], rotate(x[1:], 128, 3), **close)  # rows
+    torch.testing.assert_close(whole[:, :256], rotate(x[:, :256], 128, 3), **close)  # the first columns
     second = x[:, 256:] * signs(3, 512)[256:]  # later columns use the signs of their absolute position
-    torch.testing.assert_close(whole[:, 256:], rotate(second * signs(3, 256), 128, 3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole[:, 256:], rotate(second * signs(3, 256), 128, 3), **close)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
