@@ -396,6 +396,13 @@ def test_folder_appears_at_the_end(tmp_path):
     assert target.stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
+def test_files_can_be_read_by_whoever_may_read_others(tmp_path):
+    with atomic_folder(tmp_path / "model") as temporary:
+        save_file({"a": torch.ones(1)}, temporary / "a.safetensors")
+    (tmp_path / "ordinary").write_text("")
+    assert (tmp_path / "model" / "a.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError(28, "No space left on device"), ValueError])
 @pytest.mark.parametrize("existing", [False, True])
 def test_nothing_is_left_behind_after_an_error(folder, error, existing):

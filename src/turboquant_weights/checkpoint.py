@@ -57,7 +57,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     temporary.mkdir()  # not tempfile: its folders are readable by their owner only
     try:
         yield temporary
-        _flush(temporary)
+        _settle(temporary)
         _check_replaceable(target, overwrite)  # it may have appeared meanwhile
         try:
             if target.exists():
@@ -84,10 +84,13 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         )
 
 
-def _flush(folder: Path) -> None:
-    """Forces the files to disk: after a power cut the renamed folder must not hold empty files."""
+def _settle(folder: Path) -> None:
+    """Forces the files to disk (after a power cut the renamed folder must not hold empty files) and lets all read them
+    who may read the folder: safetensors makes its files readable by their owner only."""
+    readable = folder.stat().st_mode & 0o666
     for file in sorted(folder.rglob("*")):
         if file.is_file():
+            file.chmod(file.stat().st_mode | readable)
             with file.open("r+b") as stream:
                 os.fsync(stream.fileno())
 
