@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="UTF-8 text file")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bos", action="store_true", help="start each window with BOS, whatever the tokenizer does")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer to use instead of the GGUF's (Gemma before 5.20)")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--setting", nargs="+", default=SETTINGS, help="base+residual bits")
@@ -159,6 +160,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = load_dense(args.gguf, dtype=torch.float32)
     model = model.eval().to(args.device)
+    if args.tokenizer:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     text = pathlib.Path(args.text).read_text(encoding="utf-8")
     windows = text_windows(tokenizer, text, args.length, args.windows, bos=args.bos or None)
     hardware = (
