@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--residual-bits", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -141,6 +142,10 @@ def main() -> None:
         columns = [r["model"], floor, r["peak_anonymous"], r["peak_resident"]]
         print(f"{way:14} " + " ".join(f"{c / 1e6:{w}.0f}" for c, w in zip(columns, (8, 8, 10, 9), strict=True)), end="")
         print(f" {r['seconds']:8.1f}")
+    if args.out:
+        command = "load_memory.py " + " ".join(sys.argv[1:])
+        figures = {"command": command, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "bytes": results}
+        args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from ..config import QUANT_METHOD, TurboQuantConfig
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..header import TensorInfo, read_header
 from ..linear import PLANES, TurboQuantLinear, is_conv1d, is_linear
+from ..reference import MAX_EXPONENT
 from .model_card import LOAD_WITH, model_card
 
 logger = logging.get_logger(__name__)
@@ -171,7 +172,9 @@ class TurboQuantHfQuantizer(HfQuantizer):
         if self._failure is not None:
             raise self._failure
         config = self.quantization_config
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            _check_exponents(model)
+        else:
             for name in self.pending:
                 logger.warning(f"{name} stays dense: the checkpoint has no weight for it, so there was nothing to quantize")
             skipped = {*self._skipped, *self.pending}
@@ -299,6 +302,20 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
             expected.add(name)
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in expected}
+
+
+def _check_exponents(model: Any) -> None:
+    """The one range rule of the format, for a model that came through ``from_pretrained`` without :func:`load_quantized`."""
+    for name, layer in model.named_modules():
+        if (
+            isinstance(layer, TurboQuantLinear)
+            and not layer.exponents.is_meta
+            and layer.packed.exponents.max() > MAX_EXPONENT
+        ):
+            raise FormatError(
+                f"{name}.exponents holds {int(layer.packed.exponents.max())}: exponents must be at most {MAX_EXPONENT}. "
+                "The checkpoint is damaged; fetch it again"
+            )
 
 
 def _stored_tensors(model: Any, files: list[str], conversions: list[Any]) -> dict[str, TensorInfo]:
