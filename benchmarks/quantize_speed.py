@@ -94,7 +94,7 @@ def main() -> None:
         print(f"{setting:>4}: {seconds:6.2f} s, {row['bits_per_weight']:.3f} bits/weight, {kind} {temporary / 1e6:.0f} MB")
     if args.out:
         record = {
-            "command": " ".join(sys.argv),
+            "command": " ".join(pathlib.Path(a).name if "/" in a else a for a in sys.argv),
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware,
             "torch": torch.__version__,
