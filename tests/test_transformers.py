@@ -486,3 +486,20 @@ def test_load_dense(dense):
 def test_load_dense_refuses_quantized_models(checkpoint):
     with pytest.raises(tq.ConfigError, match="is quantized with turboquant_weights"):
         load_dense(checkpoint)
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("device_map", ["cuda", "auto", {"": 0}], ids=str)
+def test_on_the_fly_on_the_gpu_equals_quantize_model_there(dense, tmp_path, device_map):
+    config = tq.TurboQuantConfig(residual_bits=2)
+    loaded = _dense_model(dense, quantization_config=config, device_map=device_map)
+    reference = _dense_model(dense, device_map=device_map)
+    tq.quantize_model(reference, config, progress=False)
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cuda"}
+    assert_same_bits(loaded, reference)
+    tq.save(loaded, tmp_path / "m")
+    assert_same_bits(loaded, tq.load(tmp_path / "m", device_map=device_map))
