@@ -95,14 +95,14 @@ def fake_quantized(reference: nn.Module, method: Callable[[Tensor], tuple[Tensor
     return model, bits / weights, statistics.mean(errors)
 
 
-def rows(reference: nn.Module, windows: Tensor, settings: list[str], seeds: int) -> Iterator[Row]:
+def rows(reference: nn.Module, windows: Tensor, settings: list[str], seeds: int, with_peers: bool) -> Iterator[Row]:
     peers = {
         "integer RTN, 128": lambda w: rtn(w, 4, 128),
         "integer RTN, 64": lambda w: rtn(w, 4, 64),
         "NF4, 64": nf4,
         "integer RTN 8 bits, 128": lambda w: rtn(w, 8, 128),
     }
-    for name, method in peers.items():
+    for name, method in peers.items() if with_peers else ():
         start = time.perf_counter()
         model, bits, error = fake_quantized(reference, method)
         seconds = time.perf_counter() - start
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--setting", nargs="+", default=SETTINGS, help="base+residual bits")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure the peers too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file")
     args = parser.parse_args()
@@ -178,7 +179,7 @@ def main() -> None:
     print("| method | bits | rel. MSE | perplexity | KL (over seeds) | KL p99 | top-1 | seconds |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     results = []
-    for row in rows(model, windows, args.setting, args.seeds):
+    for row in rows(model, windows, args.setting, args.seeds, args.peers):
         print(format_row(row, base), flush=True)
         results.append(dataclasses.asdict(row))
     if args.out:
