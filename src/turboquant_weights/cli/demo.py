@@ -8,6 +8,7 @@ knows only the folders.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import subprocess
@@ -65,13 +66,13 @@ def prepare(folder: Path) -> None:
     """Writes the reference and one checkpoint per entry of CONFIGS, and the seconds that quantizing took."""
     path = find_model()
     folder.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
+    print(f"Loading {path.name}", flush=True)
+    dense, tokenizer = open_model(path)
+    dense.save_pretrained(folder / REFERENCE)
+    tokenizer.save_pretrained(folder / REFERENCE)
+    seconds = {}
     for name, config in CONFIGS.items():
-        print(f"Loading {path.name} and quantizing it to {config.label} bits", flush=True)
-        model, tokenizer = open_model(path)
-        if not seconds:
-            model.save_pretrained(folder / REFERENCE)
-            tokenizer.save_pretrained(folder / REFERENCE)
+        model = copy.deepcopy(dense)
         result = quantize_model(model, config)
         seconds[name] = result.seconds
         print(result, flush=True)
