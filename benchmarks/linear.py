@@ -1,7 +1,7 @@
 """Time of one linear layer on a GPU: ours against bf16 cuBLAS, rotation included.
 
     python benchmarks/linear.py --output benchmarks/results/linear-h100.json
-    python benchmarks/linear.py --search ...      # times every sensible schedule and prints the table for schedule.py
+    python benchmarks/linear.py --search ...      # times every sensible schedule: the source of the table in schedule.py
 
 CUDA-graph replay over rotating copies of the weights, more than twice the L2 cache in all, so every layer reads its weights
 from memory as it does in a model. Medians, microseconds.
@@ -27,16 +27,15 @@ from turboquant_weights.kernels import linear as kernels
 from turboquant_weights.kernels.schedule import Schedule, choose, crossover
 from turboquant_weights.reference import PackedWeight
 
-SHAPES = ((4096, 4096), (8192, 8192), (3584, 3584), (4608, 3584), (18944, 3584), (37888, 3584), (3584, 18944))
+SHAPES = ((4096, 4096), (18944, 3584), (3584, 18944), (37888, 3584), (4608, 3584), (3584, 3584), (8192, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
 RESIDUALS = (0, 4)
-TILES = {  # block_m -> (block_n, warps)
-    16: ((64, 4), (128, 4), (128, 8)),
-    32: ((64, 4), (128, 4), (128, 8)),
-    64: ((64, 4), (128, 4), (128, 8)),
-    128: ((128, 4), (128, 8)),
+TILES = {  # block_m -> (block_n, warps, stages)
+    16: ((64, 4, 1), (128, 4, 1), (128, 8, 1)),
+    32: ((64, 4, 1), (128, 4, 1), (128, 8, 1)),
+    64: ((128, 4, 1), (128, 4, 3), (128, 8, 1), (128, 8, 3)),
+    128: ((128, 8, 1), (128, 8, 3)),
 }
-STAGES = (1, 3)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 COLD_BYTES = 160 << 20
 PEERS = ("bitsandbytes", "torchao", "gemlite", "humming")
@@ -82,11 +81,11 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
     largest = min(128, max(16, triton.next_power_of_2(tokens)))
     out = []
     for block_m in {largest, max(16, largest // 2)}:
-        for block_n, warps in TILES[block_m]:
+        for block_n, warps, stages in TILES[block_m]:
             for split in SPLITS:
                 programs = -(-rows // block_n) * -(-tokens // block_m) * split
-                if 100 <= programs and programs * warps <= 132 * 56 and split <= columns // 256:
-                    out += [Schedule(block_m, block_n, split, stages, warps) for stages in STAGES]
+                if programs >= 100 and programs * warps <= 132 * 56 and split <= columns // 256:
+                    out.append(Schedule(block_m, block_n, split, stages, warps))
     return out
 
 
@@ -100,8 +99,7 @@ def compile_share(index: int, count: int) -> None:
         (residual, block_m, block_n, warps, stages, split)
         for residual in RESIDUALS
         for block_m, tiles in TILES.items()
-        for block_n, warps in tiles
-        for stages in STAGES
+        for block_n, warps, stages in tiles
         for split in (1, 2)
     ]
     for residual, block_m, block_n, warps, stages, split in jobs[index::count]:
@@ -114,58 +112,85 @@ def compile_share(index: int, count: int) -> None:
     torch.cuda.synchronize()
 
 
+def fused_time(x: Tensor, planes: list[PackedWeight], out: Tensor, residual_bits: int, schedule: Schedule, n: int) -> float:
+    return graph_time([lambda q=q: fused(x, q, out, residual_bits, schedule) for q in planes], n)
+
+
+def scratch_time(x: Tensor, planes: list[PackedWeight], out: Tensor, residual_bits: int, n: int) -> float:
+    arguments = (None, out, x.shape[1], 4, residual_bits, 128, 0)
+    return graph_time([lambda q=q: kernels._through_scratch(x, q, *arguments) for q in planes], n)
+
+
 def search(x: Tensor, planes: list[PackedWeight], out: Tensor, residual_bits: int) -> Schedule:
+    """The fastest of all candidates: a quick round for all, a careful one for the best three."""
+    columns, rows = x.shape[1], out.shape[1]
+    heuristic = choose("unknown", x.shape[0], rows, columns, residual_bits)
     times = []
-    for schedule in candidates(x.shape[0], out.shape[1], x.shape[1]):
+    for schedule in {heuristic, *candidates(x.shape[0], rows, columns)}:
         try:
-            calls = [lambda q=q, s=schedule: fused(x, q, out, residual_bits, s) for q in planes]
-            times.append((graph_time(calls, 3), schedule))
+            times.append((fused_time(x, planes, out, residual_bits, schedule, 3), schedule))
         except Exception as error:
             print(f"{schedule}: {error!r:.120}", file=sys.stderr)
-    finalists = sorted(times)[:3]
-    again = []
-    for _, schedule in finalists:
-        again.append((graph_time([lambda q=q, s=schedule: fused(x, q, out, residual_bits, s) for q in planes], 9), schedule))
-    return min(again)[1]
+    return min((fused_time(x, planes, out, residual_bits, schedule, 9), schedule) for _, schedule in sorted(times)[:3])[1]
 
 
-def measure(rows: int, columns: int, token_counts: tuple[int, ...], searching: bool) -> list[dict]:
+def measure_cell(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits: int, bf16: float, searching: bool) -> dict:
+    tokens, columns = x.shape
+    out = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
+    schedule = scratch = None
+    if tokens <= crossover(4, residual_bits, columns) or (searching and tokens <= 512):
+        schedule = choose(torch.cuda.get_device_name(), tokens, rows, columns, residual_bits)
+        if searching:
+            schedule = search(x, planes, out, residual_bits)
+        ours = fused_time(x, planes, out, residual_bits, schedule, 15)
+        if searching and tokens >= 128:
+            scratch = scratch_time(x, planes, out, residual_bits, 5)
+    else:
+        ours = scratch_time(x, planes, out, residual_bits, 15)
+    bytes_ = planes[0].nbytes
+    cell = dict(rows=rows, columns=columns, residual_bits=residual_bits, tokens=tokens, bf16_us=round(bf16, 2))
+    cell.update(ours_us=round(ours, 2), speedup=round(bf16 / ours, 3), weight_GBps=round(bytes_ / ours / 1e3))
+    cell.update(schedule=schedule and list(schedule), scratch_us=scratch and round(scratch, 1))
+    print(
+        f"{rows}x{columns} {'4+4' if residual_bits else '4'} m={tokens}: bf16 {bf16:.1f} ours {ours:.1f} "
+        f"({bf16 / ours:.2f}x) {tuple(schedule or ())}{f' scratch {scratch:.1f}' if scratch else ''}",
+        flush=True,
+    )
+    return cell
+
+
+def measure(rows: int, columns: int, searching: bool) -> list[dict]:
     cells = []
     copies = max(2, min(8, -(-COLD_BYTES // (2 * rows * columns))))
     dense = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    inputs = {m: torch.randn(m, columns, device="cuda", dtype=torch.bfloat16) for m in token_counts}
-    bf16 = {m: graph_time([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense * 2]) for m, x in inputs.items()}
+    inputs = [torch.randn(m, columns, device="cuda", dtype=torch.bfloat16) for m in TOKENS]
+    bf16 = [graph_time([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense * 2]) for x in inputs]
     del dense
     for residual_bits in RESIDUALS:
-        bytes_ = rows * columns * (4 + residual_bits) // 8 + rows * columns // 32
-        planes = [random_planes(rows, columns, residual_bits, i) for i in range(max(3, min(24, -(-COLD_BYTES // bytes_))))]
-        for m, x in inputs.items():
-            out = torch.empty(m, rows, device="cuda", dtype=torch.bfloat16)
-            layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
-            schedule = None
-            if m <= crossover(4, residual_bits):
-                schedule = choose(torch.cuda.get_device_name(), m, rows, columns, residual_bits)
-                if searching:
-                    schedule = search(x, planes, out, residual_bits)
-                ours = graph_time([lambda q=q, x=x, s=schedule: fused(x, q, out, residual_bits, s) for q in planes])
-            else:
-                ours = graph_time([lambda q=q, x=x: kernels.linear(x, q, None, columns, **layout) for q in planes])
-            scratch = None
-            if searching and 64 <= m <= 512:
-                arguments = (None, out, columns, 4, residual_bits, 128, 0)
-                scratch = graph_time([lambda q=q, x=x: kernels._through_scratch(x, q, *arguments) for q in planes], 5)
-            cell = dict(rows=rows, columns=columns, residual_bits=residual_bits, tokens=m, bf16_us=round(bf16[m], 2))
-            cell.update(ours_us=round(ours, 2), speedup=round(bf16[m] / ours, 3), weight_GBps=round(bytes_ / ours / 1e3))
-            cell.update(schedule=schedule and list(schedule), scratch_us=scratch and round(scratch, 1))
-            cells.append(cell)
-            label = f"4+{residual_bits}" if residual_bits else "4"
-            note = f" scratch {scratch:.1f}" if scratch else ""
-            print(
-                f"{rows}x{columns} {label} m={m}: bf16 {bf16[m]:.1f} ours {ours:.1f} ({bf16[m] / ours:.2f}x)"
-                f" {'' if schedule is None else tuple(schedule)}{note}",
-                flush=True,
-            )
+        count = -(-COLD_BYTES // (rows * columns * (4 + residual_bits) // 8))
+        planes = [random_planes(rows, columns, residual_bits, i) for i in range(max(3, min(24, count)))]
+        for x, reference in zip(inputs, bf16, strict=True):
+            cells.append(measure_cell(x, planes, rows, residual_bits, reference, searching))
     return cells
+
+
+def table(report: dict) -> str:
+    """Markdown: speed over bf16, one line per layer and format."""
+    lines = [
+        f"{report['gpu']}, PyTorch {report['torch']}, Triton {report['triton']}, {report['date']}; `{report['command']}`.",
+        f"Speed over bf16 cuBLAS (our microseconds), rotation included, weights cold. Copy: {report['copy_GBps']} GB/s. "
+        f"Host time per eager call: {report['host_us']['ours']} us, nn.Linear {report['host_us']['linear']} us.",
+        "",
+        "| rows x columns | bits | " + " | ".join(f"m = {m}" for m in TOKENS) + " |",
+        "|---|---|" + "---|" * len(TOKENS),
+    ]
+    rows: dict[tuple, list[str]] = {}
+    for cell in report["cells"]:
+        key = (f"{cell['rows']} x {cell['columns']}", f"4+{cell['residual_bits']}" if cell["residual_bits"] else "4")
+        best = min(t for t in (cell["ours_us"], cell["scratch_us"]) if t)
+        rows.setdefault(key, []).append(f"{cell['bf16_us'] / best:.2f} ({best:.1f})")
+    lines += [f"| {shape} | {label} | " + " | ".join(values) + " |" for (shape, label), values in rows.items()]
+    return "\n".join(lines) + "\n"
 
 
 def host_time(call, count: int = 300) -> float:
@@ -229,9 +254,10 @@ def main() -> None:
         if time.time() - started > arguments.seconds:
             print(f"{rows}x{columns}: skipped, --seconds is over")
             continue
-        report["cells"] += measure(rows, columns, TOKENS, arguments.search)
+        report["cells"] += measure(rows, columns, arguments.search)
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            arguments.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def _base_tables() -> tuple[int, ...]:
 
 
 # The assembly decodes two 32-bit words of eight 4-bit codes into eight half2 registers: of each word the weights (0,2),
-# (1,3), (4,6), (5,7), scaled. Operands, each for both words: $0-$7 results (early-clobber: they are written while operands are
-# still to be read), $8 $9 codes, then without a residual $10 the scale twice as half2 and $12 $14 $16 $18 $20 the tables;
-# with one $10 $11 the residual, 4 bits per column, and $12 the scale.
+# (1,3), (4,6), (5,7), scaled. Operands, each for both words: $0-$7 results (early-clobber: they are written while operands
+# are still to be read), $8 $9 codes, then without a residual $10 the scale twice as half2 and $12 $14 $16 $18 $20 the
+# tables; with one $10 $11 the residual, 4 bits per column, and $12 the scale.
 _BASE_WORD = """{{
     .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, a, b, c, d;
     and.b32 t, ${word}, 0x88888888; shr.u32 u, t, 3; mul.lo.u32 v, u, 7;
@@ -190,7 +190,7 @@ def widen_residual(packed, ROWS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
 
 @triton.jit
 def decode_words(codes, residual, scale, words, ROWS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Codes int32 [ROWS, 512], raw residual, scale bytes [ROWS, 128], operands of :func:`tables` -> half [ROWS, 512, 2, 2, 2].
+    """Codes int32 [ROWS, 512], raw residual, scale bytes [ROWS, 128], :func:`tables` -> half [ROWS, 512, 2, 2, 2].
 
     Dimensions: row, (thread 128, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
     """

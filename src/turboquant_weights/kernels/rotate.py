@@ -37,10 +37,17 @@ def tile_signs(seed: int, tiles: int, device: torch.device, dtype: torch.dtype) 
 
 
 @triton.jit
-def _launch_dependents():
+def launch_dependents():
+    """Programmatic dependent launch (sm_90): lets the next kernel of the stream start its preamble."""
     tl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def wait_for_producer():
+    """Its counterpart: waits until the kernels before this one have ended and their writes are visible."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["tokens", "counters_size"])
@@ -53,26 +60,27 @@ def rotate_scaled_kernel(
     ``x`` [tokens, columns] rows ``x_stride`` apart; ``out`` float16 [tokens, tiles * 128]; ``token_scale`` float32 [tokens]
     is what the result must be multiplied by. Also zeroes the ``counters`` of the split-K reduction that follows.
     """
-    if PDL:
-        _launch_dependents()
     token = tl.program_id(0)
     part = tl.program_id(1)
     row = x + token.to(tl.int64) * x_stride
+    tile = part * TILES + tl.arange(0, TILES)
+    place = tl.arange(0, 128)
+    column = tile[:, None] * 128 + place[None, :]
+    square = tl.load(matrix + place[:, None] * 128 + place[None, :])
+    flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
+    if PDL:  # in this order: once the matmul starts, weights written by an earlier kernel are visible to it
+        wait_for_producer()
+        launch_dependents()
+    values = tl.load(row + column, mask=column < columns, other=0.0)
     chunk = tl.arange(0, CHUNK)
     largest = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, columns, CHUNK):
-        values = tl.load(row + start + chunk, mask=start + chunk < columns, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(values))
+        piece = tl.load(row + start + chunk, mask=start + chunk < columns, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(piece))
     bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
     exponent = tl.where(bits == 0, 10, tl.maximum((bits >> 23) - 127, -110))
     up = power_of_two(10 - exponent)
 
-    tile = part * TILES + tl.arange(0, TILES)
-    place = tl.arange(0, 128)
-    column = tile[:, None] * 128 + place[None, :]
-    values = tl.load(row + column, mask=column < columns, other=0.0)
-    flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
-    square = tl.load(matrix + place[:, None] * 128 + place[None, :])
     rotated = tl.dot(values * flips, square, input_precision="ieee") * (norm * up)
     tl.store(out + token.to(tl.int64) * (tiles * 128) + column, rotated.to(tl.float16), mask=column < tiles * 128)
     if part == 0:
@@ -85,16 +93,16 @@ def rotate_scaled_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def rotate_kernel(x, x_stride, sign, matrix, out, out_stride, rows, columns, tiles, out_columns, norm, TILES: tl.constexpr):
-    """Rotates ``TILES`` of the ``rows = tokens * tiles`` tiles in the input's dtype, natural order of columns."""
-    index = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
-    token, tile = index // tiles, index % tiles
+    """Rotates the ``rows = tokens * tiles`` tiles in the input's dtype, natural order of columns, ``TILES`` at a time."""
     place = tl.arange(0, 128)
-    column = (tile[:, None] * 128 + place[None, :]).to(tl.int32)
-    live = index[:, None] < rows
-    values = tl.load(x + token[:, None] * x_stride + column, mask=live & (column < columns), other=0.0)
-    flips = tl.load(sign + column)
     square = tl.load(matrix + place[:, None] * 128 + place[None, :])
-    rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
-    tl.store(
-        out + token[:, None] * out_stride + column, rotated.to(out.dtype.element_ty), mask=live & (column < out_columns)
-    )
+    for start in tl.range(tl.program_id(0) * TILES, rows, tl.num_programs(0) * TILES):
+        index = start + tl.arange(0, TILES)
+        token, tile = (index // tiles).to(tl.int64)[:, None], index % tiles
+        column = tile[:, None] * 128 + place[None, :]
+        live = (index < rows)[:, None]
+        values = tl.load(x + token * x_stride + column, mask=live & (column < columns), other=0.0)
+        flips = tl.load(sign + column)
+        rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
+        address = out + token * out_stride + column
+        tl.store(address, rotated.to(out.dtype.element_ty), mask=live & (column < out_columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -15,28 +16,94 @@ class Schedule(NamedTuple):
     warps: int
 
 
-# Programs that fill a GPU several times over, so that one's loads hide another's arithmetic.
-_PROGRAMS = 528
-_MAX_SPLIT = 16
+# Programs of 4 and of 8 warps that fill an H100 well: about two, and one, waves. A share has at least four tiles of columns.
+_PROGRAMS = {4: 1200, 8: 300}
+_LEAST_COLUMNS = 512
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Token counts at which the table has entries; a batch takes the next larger one.
+_TOKENS = (1, 8, 16, 32, 64, 128, 256)
+# GPU -> (rows, columns, residual bits) -> tokens -> schedule: from `benchmarks/linear.py --search`.
+_TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, int, int, int, int]]]] = {
+    "NVIDIA H100 80GB HBM3": {
+        (4096, 4096, 0): {
+            1: (16, 64, 8, 1, 4),
+            8: (16, 64, 8, 1, 4),
+            16: (16, 128, 8, 1, 8),
+            32: (32, 128, 8, 1, 8),
+            64: (32, 128, 4, 1, 8),
+            128: (64, 128, 4, 1, 4),
+            256: (64, 128, 2, 3, 4),
+        },
+        (4096, 4096, 4): {
+            1: (16, 64, 8, 1, 4),
+            8: (16, 64, 8, 1, 4),
+            16: (16, 64, 8, 1, 4),
+            32: (32, 64, 8, 1, 4),
+            64: (64, 128, 8, 1, 4),
+            128: (64, 128, 4, 1, 4),
+            256: (128, 128, 2, 1, 8),
+        },
+        (18944, 3584, 0): {
+            1: (16, 64, 3, 1, 4),
+            8: (16, 64, 4, 1, 4),
+            16: (16, 64, 4, 1, 4),
+            32: (32, 64, 4, 1, 4),
+            64: (64, 128, 3, 1, 8),
+            128: (64, 128, 1, 1, 8),
+            256: (64, 128, 1, 1, 8),
+        },
+        (18944, 3584, 4): {
+            1: (16, 128, 3, 1, 8),
+            8: (16, 64, 3, 1, 4),
+            16: (16, 64, 3, 1, 4),
+            32: (32, 64, 3, 1, 4),
+            64: (64, 128, 3, 3, 8),
+            128: (64, 128, 2, 3, 8),
+            256: (128, 128, 1, 1, 8),
+        },
+        (3584, 18944, 0): {
+            1: (16, 64, 12, 1, 4),
+            8: (16, 64, 12, 1, 4),
+            16: (16, 64, 12, 1, 4),
+            32: (32, 64, 12, 1, 4),
+            64: (64, 128, 8, 1, 8),
+            128: (64, 128, 4, 3, 4),
+            256: (64, 128, 2, 3, 4),
+        },
+        (3584, 18944, 4): {
+            1: (16, 64, 16, 1, 4),
+            8: (16, 128, 8, 1, 8),
+            16: (16, 64, 16, 1, 4),
+            32: (32, 64, 16, 1, 4),
+            64: (64, 128, 8, 3, 8),
+            128: (128, 128, 4, 1, 8),
+            256: (128, 128, 2, 1, 8),
+        },
+    },
+}
 
 
-def crossover(bits: int, residual_bits: int) -> int:
-    """Tokens above which a layer is dequantized for cuBLAS."""
-    return 256 if bits == 4 and residual_bits != 3 else 32
+def crossover(bits: int, residual_bits: int, columns: int) -> int:
+    """Tokens above which a layer is dequantized for cuBLAS (measured on an H100)."""
+    if bits != 4 or residual_bits == 3:
+        return 32  # no assembly decoder
+    return 256 if residual_bits == 0 and columns <= 8192 else 192
 
 
-def choose(tokens: int, rows: int, columns: int, fast: bool) -> Schedule:
-    """The schedule of [tokens, columns] times [rows, columns]; ``fast`` if the planes have an assembly decoder."""
-    block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 64 else 128
-    if not fast:
-        block_m, block_n, warps = min(block_m, 32), 64, 4
-    elif block_m <= 32:
-        block_n, warps = 64, 4
-    else:
-        block_n, warps = 128, 8
-    tiles = -(-rows // block_n) * -(-tokens // block_m)
-    limit = max(1, min(_MAX_SPLIT, -(-columns // 256)))
-    split = 1
-    while split < limit and tiles * split * 2 <= _PROGRAMS * 4 // warps:
-        split *= 2
-    return Schedule(block_m, block_n, split, 3, warps)
+@functools.lru_cache(maxsize=8192)
+def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | None) -> Schedule:
+    """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder."""
+    if residual_bits is not None:
+        measured = _TABLE.get(gpu, {}).get((rows, columns, residual_bits))
+        if measured is not None:
+            return Schedule(*measured[next(t for t in _TOKENS if t >= tokens)])
+    return _heuristic(tokens, rows, columns)
+
+
+def _heuristic(tokens: int, rows: int, columns: int) -> Schedule:
+    """What the table has in common."""
+    block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    block_n, warps = (64, 4) if block_m <= 32 else (128, 8)
+    programs = -(-rows // block_n) * -(-tokens // block_m)
+    fitting = [s for s in _SPLITS if programs * s <= _PROGRAMS[warps] and columns >= s * _LEAST_COLUMNS]
+    return Schedule(block_m, block_n, max(fitting, default=1), 1, warps)

@@ -11,16 +11,12 @@ import triton
 import triton.language as tl
 
 from .decode import decode_gather, decode_words, power_of_two, tables
-
-
-@triton.jit
-def _wait_for_producer():
-    tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+from .rotate import launch_dependents, wait_for_producer
 
 
 @triton.jit
 def _at(tile, index, UNITS: tl.constexpr, groups, TAIL: tl.constexpr):
-    """Offset in a row, for threads that read ``UNITS`` elements each; thread ``t`` of 4 reads scale group ``4 * tile + t``."""
+    """Offset in a row for threads that read ``UNITS`` elements each: thread ``t`` of 4 reads group ``4 * tile + t``."""
     group = tile * 4 + (index // UNITS) % 4
     if TAIL:  # beyond the last column x is zero: any finite weight will do
         group = tl.minimum(group, groups - 1)
@@ -57,7 +53,7 @@ def splitk_kernel(
         # decode.physical_column
         column = ((place >> 1) & 3) * 32 + (place >> 5) * 8 + ((place >> 4) & 1) * 4 + (place & 1) * 2 + ((place >> 3) & 1)
         if PDL:
-            _wait_for_producer()
+            wait_for_producer()
         for tile in tl.range(first, last):
             columns = tile * 128 + column[None, :]
             weight = decode_gather(
@@ -94,7 +90,7 @@ def splitk_kernel(
         if RESIDUAL_BITS > 0:
             refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first")
         if PDL:
-            _wait_for_producer()
+            wait_for_producer()
         for tile in tl.range(first, last, num_stages=STAGES):
             tokens_tile = tl.load(x_address + tile * 128)
             ahead = tile + 1
@@ -114,6 +110,8 @@ def splitk_kernel(
             acc = tl.dot(weight.reshape(BLOCK_N, 128), tl.trans(tokens_tile), acc)
             packed, scale, refined = next_packed, next_scale, next_refined
 
+    if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
+        launch_dependents()
     live = (row < rows)[:, None] & (token < tokens)[None, :]
     if REDUCE:
         slot = tile_n * tl.num_programs(2) + tile_m

@@ -1,0 +1,48 @@
+"""Compiles the kernels for one GPU architecture without having it: ``python compile_kernels.py 90``. Not a test by itself.
+
+Triton's interpreter must be off, so test_kernels.py runs it as a process of its own.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from turboquant_weights.kernels import decode, dequantize, rotate, splitk
+
+POINTERS = dict(
+    x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
+    out="*bf16", partial="*fp32", counters="*i32", sign="*bf16", matrix="*bf16",
+)  # fmt: skip
+DIVISIBLE = ("x_stride", "code_stride", "residual_stride", "out_stride")
+
+
+def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else "fp32" if name in floats else "i32" for name in names}
+    signature |= {name: kind for name, kind in pointers.items() if name in names}
+    aligned = [i for i, name in enumerate(names) if name in DIVISIBLE or signature[name].startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 1})
+
+
+def main(capability: int) -> None:
+    pdl = capability >= 90
+    for bits, residual_bits in (*decode.FAST, (3, 2)):
+        planes = dict(BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.assembly(bits, residual_bits))
+        tile = dict(BLOCK_M=16, BLOCK_N=64, REDUCE=True, STAGES=1, TAIL=True, HAS_BIAS=True, PDL=pdl)
+        kernel = build(splitk.splitk_kernel, capability, 4, **planes, **tile)
+        assert ("wgmma" if pdl else "mma.sync") in kernel.asm["ptx"]
+        build(dequantize.dequantize_kernel, capability, 4, **planes)
+    activations = POINTERS | dict(x="*bf16")
+    build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)
+    build(rotate.rotate_kernel, capability, 4, activations, TILES=64)
+
+
+main(int(sys.argv[1]))
