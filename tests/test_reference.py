@@ -225,7 +225,7 @@ def test_chunks_of_rows_give_the_same_planes_and_results(monkeypatch):
     settings = layout(4, 2)
     weight, x, grad = integers(37, 192), gaussian(3, 192, seed=1), gaussian(3, 37, seed=2)
     whole = quantize_weight(weight, **settings)
-    monkeypatch.setattr(reference, "_CHUNK", 2000)
+    monkeypatch.setattr(reference, "_CPU_CHUNK", 2000)
     chunked = quantize_weight(weight, **settings)
     assert all(torch.equal(a, b) for a, b in zip(whole.weight, chunked.weight, strict=True))
     assert chunked.error == pytest.approx(whole.error, rel=1e-6)

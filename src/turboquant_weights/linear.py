@@ -30,6 +30,11 @@ class TurboQuantLinear(nn.Linear):
         device, dtype: of the new parameters; ``dtype`` is the bias's. Planes start zeroed (the layer computes zeros).
     """
 
+    codes: nn.Parameter
+    residual: nn.Parameter | None
+    scales: nn.Parameter
+    exponents: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -83,7 +88,9 @@ class TurboQuantLinear(nn.Linear):
             seed=config.seed,
             name=name,
         )
-        layer = cls.from_packed(quantized.weight, weight.shape[1], linear.bias, config)
+        bias = linear.bias
+        assert bias is None or isinstance(bias, Tensor)
+        layer = cls.from_packed(quantized.weight, weight.shape[1], bias, config)
         layer.quantization_error = quantized.error
         layer.train(linear.training)
         return layer

@@ -43,13 +43,15 @@ class LayerReport:
 class QuantizationReport:
     """What :func:`quantize_model` did.
 
-    ``layers`` in model order; ``skipped`` maps each linear layer left alone to the reason; ``other_bytes`` are the bf16
-    bytes of every parameter outside the quantized layers (embeddings, norms, skipped layers), each tied tensor once.
+    ``layers`` in model order; ``skipped`` maps each linear layer left alone to the reason; ``dense`` maps every other
+    parameter of two or more dimensions that stays dense (embeddings, convolutions, fused experts) to its bf16 bytes;
+    ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers, each tied tensor once.
     """
 
     config: TurboQuantConfig
     layers: list[LayerReport]
     skipped: dict[str, str]
+    dense: dict[str, int]
     other_bytes: int
     seconds: float
 
@@ -85,6 +87,7 @@ class QuantizationReport:
             "config": self.config.to_dict(),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
+            "dense": self.dense,
             "total_bytes": self.total_bytes,
             "dense_bytes": self.dense_bytes,
             "ratio": self.ratio,
@@ -100,6 +103,7 @@ class QuantizationReport:
             f"whole model {self.total_bytes / 1e6:.1f} MB, {self.ratio:.2f}x smaller than bf16",
         ]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped.items()]
+        lines += [f"left as it was: {name}, {size / 1e6:.1f} MB (no linear layer)" for name, size in self.dense.items()]
         return "\n".join(lines)
 
 
@@ -136,7 +140,8 @@ def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[li
 
 def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
     skipped = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
     # On the meta device tied parameters are not shared yet: then Transformers' own list says what will be.
     declared = set(getattr(model, "_tied_weights_keys", None) or ())
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
@@ -152,6 +157,21 @@ def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
         elif module is head:
             skipped[name] = "output head; quantize it with skip=[]"
     return skipped
+
+
+def dense_parameters(model: nn.Module) -> dict[str, int]:
+    """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer, quantized or not."""
+    linear = {
+        id(parameter)
+        for module in model.modules()
+        if is_linear(module) or isinstance(module, TurboQuantLinear)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {
+        name: parameter.numel() * _DENSE_BYTES
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in linear
+    }
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -209,7 +229,8 @@ def quantize_model(
             if id(old.weight) in shared:
                 done[id(old.weight)] = (old.weight, new)
         else:  # linear layers tied to each other stay tied: one set of planes
-            new = TurboQuantLinear.from_packed(tied[1].packed, tied[1].in_features, old.bias, config)
+            bias = old.bias if isinstance(old.bias, nn.Parameter) else None
+            new = TurboQuantLinear.from_packed(tied[1].packed, tied[1].in_features, bias, config)
             new.quantization_error = tied[1].quantization_error
         replace_module(model, name, new)
         layers.append(_layer_report(name, config, new, tied is not None, time.perf_counter() - layer_start))
@@ -218,13 +239,14 @@ def quantize_model(
     other = sum(p.numel() for p in model.parameters() if id(p) not in quantized) * _DENSE_BYTES
     for hook in on_quantized:
         hook(model, config)
-    return QuantizationReport(config, layers, skipped, other, time.perf_counter() - start)
+    return QuantizationReport(config, layers, skipped, dense_parameters(model), other, time.perf_counter() - start)
 
 
 def _layer_report(name: str, config: TurboQuantConfig, layer: TurboQuantLinear, tied: bool, seconds: float) -> LayerReport:
     bias = 0 if layer.bias is None else layer.bias.numel() * _DENSE_BYTES
     planes = 0 if tied else layer.packed.nbytes
     dense = 0 if tied else layer.out_features * layer.in_features * _DENSE_BYTES
+    assert layer.quantization_error is not None
     return LayerReport(
         name=name,
         label=config.label,

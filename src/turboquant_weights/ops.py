@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,14 +109,14 @@ def _(grad, codes, residual, scales, exponents, in_features, bits, residual_bits
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, residual, scales, exponents, bias, *layout = inputs
     ctx.save_for_backward(codes, residual, scales, exponents)
     ctx.layout = layout
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.turboquant_weights.linear_input_gradient(grad, *ctx.saved_tensors, *ctx.layout)

@@ -177,6 +177,9 @@ class TurboQuantHfQuantizer(HfQuantizer):
         else:
             for name in self.pending:
                 logger.warning(f"{name} stays dense: the checkpoint has no weight for it, so there was nothing to quantize")
+            for name, size in walker.dense_parameters(model).items():
+                if model.get_parameter(name).dim() > 2:  # fused experts, mostly; embeddings are no surprise
+                    logger.warning(f"{name} stays dense ({size / 1e6:.1f} MB in bf16): it belongs to no linear layer")
             skipped = {*self._skipped, *self.pending}
             order = tuple(name for name, module in model.named_modules() if name in skipped and is_linear(module))
             config = dataclasses.replace(config, skip=order, source=_provenance(model))

@@ -1,0 +1,201 @@
+"""``quantize_model``: which layers are replaced, what is reported, and what is an error."""
+
+import json
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear, quantize_model
+from turboquant_weights.model import dense_parameters, on_quantized, plan_layers
+
+SIZES = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=96, num_key_value_heads=1, **options)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def stack():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 33), nn.ReLU(), nn.Linear(33, 40, bias=False), nn.Linear(40, 5))
+
+
+def quantized_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)]
+
+
+def test_every_linear_layer_but_the_head_is_replaced():
+    model = llama()
+    report = quantize_model(model, progress=False)
+    assert quantized_names(model) == [layer.name for layer in report.layers]
+    assert len(report.layers) == 14
+    assert type(model.lm_head) is nn.Linear
+    assert list(report.skipped) == ["lm_head"]
+    assert "lm_head" in str(report)
+    assert list(report.dense) == ["model.embed_tokens.weight"]
+    assert "model.embed_tokens.weight" in str(report)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_report_counts_every_byte(tied):
+    model = llama(tie_word_embeddings=tied).bfloat16()
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    report = quantize_model(model, TurboQuantConfig(bits=4, residual_bits=2), progress=False)
+    assert report.dense_bytes == dense
+    assert report.total_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert report.ratio == dense / report.total_bytes
+    weights = sum(layer.out_features * layer.in_features for layer in report.layers)
+    stored = sum(module.packed.nbytes for module in model.modules() if isinstance(module, TurboQuantLinear))
+    assert report.bits_per_weight == pytest.approx(8 * stored / weights)
+    assert json.loads(json.dumps(report.to_dict()))["ratio"] == report.ratio
+
+
+def test_reported_error_is_that_of_the_weights():
+    model = stack()
+    before = [model[i].weight.detach().double() for i in (0, 2, 3)]
+    report = quantize_model(model, progress=False)
+    for layer, i, weight in zip(report.layers, (0, 2, 3), before, strict=True):
+        error = (model[i].dequantize(torch.float32).double() - weight).square().sum() / weight.square().sum()
+        assert layer.error == pytest.approx(error.item(), rel=1e-4)
+        assert layer.error > 0
+
+
+def test_skip_patterns():
+    model = stack()
+    report = quantize_model(model, skip=["2", "3"], progress=False)
+    assert quantized_names(model) == ["0"]
+    assert list(report.skipped) == ["2", "3"]
+    assert "'2'" in report.skipped["2"]
+    assert report.config.skip == ("2", "3")
+
+
+def test_the_argument_overrides_the_config_and_an_empty_list_skips_nothing():
+    model = llama()
+    report = quantize_model(model, TurboQuantConfig(skip=("*.q_proj",)), skip=[], progress=False)
+    assert report.skipped == {}
+    assert isinstance(model.lm_head, TurboQuantLinear)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing():
+    model = stack()
+    with pytest.raises(ConfigError, match=r"'7' matches no linear layer of Sequential: .* 0, 2, 3"):
+        quantize_model(model, skip=["0", "7"], progress=False)
+    assert quantized_names(model) == []
+
+
+def test_planning_needs_no_weights():
+    with torch.device("meta"):
+        model = llama(tie_word_embeddings=True)
+    targets, skipped = plan_layers(model)
+    assert len(targets) == 14
+    assert list(skipped) == ["lm_head"]
+
+
+def test_a_module_used_twice_stays_one_module():
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(32, 32))})
+    report = quantize_model(model, progress=False)
+    assert model["a"] is model["b"][0]
+    assert [layer.name for layer in report.layers] == ["a", "b.1"]
+
+
+def test_layers_with_one_weight_share_their_planes():
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(32, 48))
+    model[1].weight = model[0].weight
+    report = quantize_model(model, progress=False)
+    assert model[0].codes is model[1].codes
+    assert model[0].bias is not model[1].bias
+    assert report.layers[1].bytes == 48 * 2
+    assert report.dense_bytes == (32 * 48 + 48 + 48) * 2
+
+
+def test_a_weight_shared_with_an_embedding_is_skipped_without_transformers_help():
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(16, 32), "body": nn.Linear(32, 32), "out": nn.Linear(32, 16, bias=False)}
+    )
+    model["out"].weight = model["embedding"].weight
+    report = quantize_model(model, progress=False)
+    assert report.skipped == {"out": "shares its weight with an embedding"}
+    assert model["out"].weight is model["embedding"].weight
+
+
+def test_conv1d():
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(24, 64), nn.Linear(24, 3))
+    x = torch.randn(5, 64)
+    expected = model(x)
+    quantize_model(model, TurboQuantConfig(bits=4, residual_bits=4), progress=False)
+    assert model[0].out_features == 24
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.02)
+
+
+def test_fused_experts_are_listed_as_dense():
+    options = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64)
+    model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, num_key_value_heads=2, **options))
+    report = quantize_model(model, progress=False)
+    experts = [name for name in report.dense if "experts" in name]
+    assert len(experts) == 4
+    assert report.dense == dense_parameters(model)
+    assert all(name in str(report) for name in experts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_bad_weights_name_layer_and_position(value):
+    model = stack()
+    with torch.no_grad():
+        model[2].weight[3, 7] = value
+    with pytest.raises(QuantizationError, match=r"^2: weight\[3, 7\] is (nan|-inf)"):
+        quantize_model(model, progress=False)
+    assert type(model[2]) is nn.Linear
+
+
+def test_twice_is_an_error():
+    model = stack()
+    quantize_model(model, progress=False)
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize_model(model, progress=False)
+
+
+def test_nothing_to_quantize_is_an_error():
+    with pytest.raises(QuantizationError, match="no linear layer"):
+        quantize_model(nn.Sequential(nn.ReLU()), progress=False)
+
+
+def test_dense_weights_are_freed_as_the_walk_goes():
+    model = stack()
+    first = weakref.ref(model[0].weight)
+    alive = []
+    original = TurboQuantLinear.from_linear.__func__
+
+    def watching(cls, linear, config=None, *, name="linear"):
+        alive.append((name, first() is not None))
+        return original(cls, linear, config, name=name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TurboQuantLinear, "from_linear", classmethod(watching))
+        quantize_model(model, progress=False)
+    assert alive == [("0", True), ("2", False), ("3", False)]
+
+
+def test_hooks_learn_of_the_model_and_the_exact_config():
+    calls = []
+    on_quantized.append(lambda model, config: calls.append((model, config.skip)))
+    try:
+        model = stack()
+        quantize_model(model, skip=["[23]"], progress=False)
+    finally:
+        on_quantized.pop()
+    assert calls == [(model, ("2", "3"))]
+
+
+def test_progress_goes_to_stderr(capsys):
+    quantize_model(stack())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "quantizing to 4 bits" in err
