@@ -4,6 +4,7 @@ On a GPU the kernels are compiled; elsewhere Triton's interpreter runs them, wit
 """
 
 import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -144,6 +145,13 @@ def test_assembly_decodes_the_codebook_exactly(residual_bits):
         for position, weight in enumerate((0, 2, 1, 3, 4, 6, 5, 7)):
             index = (((words[w] >> np.uint32(4 * weight)) & 15) << np.uint32(residual_bits)) | rests[w][weight]
             assert np.array_equal(halves[8 * w + position], table[index])
+
+
+def test_assembly_results_share_no_register_with_operands():
+    """Results are written before the last operand is read. The emulator cannot see that two of them share a register."""
+    for constraints in (decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS):
+        assert all(c.startswith("=&") for c in constraints.value.split(",") if "=" in c)
+    assert inspect.getsource(decode).count('"=r,') == 1  # _register, which writes its result last
 
 
 @pytest.mark.parametrize("schedule", [(16, 64, 1, 3, 4), (16, 64, 4, 2, 4), (32, 64, 3, 1, 4), (64, 128, 2, 3, 8)])
