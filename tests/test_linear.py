@@ -333,3 +333,29 @@ def test_export_keeps_the_operator(layer):
     program = torch.export.export(layer, (inputs(2, 100),))
     assert any("turboquant_weights.linear" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(inputs(2, 100)), layer(inputs(2, 100)))
+
+
+# -- devices
+
+
+@pytest.mark.parametrize("installed", [None, "3.2.0", "3.5.1+fb"])
+def test_a_gpu_without_a_recent_triton_says_that_it_is_slow(monkeypatch, installed):
+    from turboquant_weights import ops
+
+    def version(name):
+        if installed is None:
+            raise ops.importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(ops.importlib.metadata, "version", version)
+    with pytest.warns(UserWarning, match=installed.split("+")[0] if installed else "Triton is not installed"):
+        assert not ops._has_triton.__wrapped__()
+
+
+@pytest.mark.parametrize("installed", ["3.6.0", "3.10.1", "4.0"])
+def test_a_recent_triton_is_used(monkeypatch, installed, recwarn):
+    from turboquant_weights import ops
+
+    monkeypatch.setattr(ops.importlib.metadata, "version", lambda name: installed)
+    assert ops._has_triton.__wrapped__()
+    assert not recwarn.list

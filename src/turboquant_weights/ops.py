@@ -10,7 +10,8 @@ op per forward, so that ``torch.compile`` sees one opaque node and eager mode pa
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
+import warnings
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .reference import PackedWeight
 _LIBRARY = torch.library.Library("turboquant_weights", "DEF")
 _WEIGHT = "Tensor codes, Tensor? residual, Tensor scales, Tensor exponents"
 _LAYOUT = "int in_features, int bits, int residual_bits, int group_size, int seed"
+_OLDEST_TRITON = (3, 6)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
@@ -65,7 +67,24 @@ def _linear_input_gradient(
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether the kernels can run. If not, the user learns once that this GPU computes with the slow reference."""
+    installed = ""
+    for distribution in ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+        try:
+            installed = importlib.metadata.version(distribution)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    numbers = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
+    if numbers >= _OLDEST_TRITON:
+        return True
+    found = f"Triton {installed} is" if installed else "Triton is not"
+    warnings.warn(
+        f"{found} installed: the GPU kernels of turboquant-weights need 3.6 or newer (it comes with torch 2.11). "
+        "Quantized layers compute with the PyTorch reference: correct, but many times slower",
+        stacklevel=2,
+    )
+    return False
 
 
 def _linear_cuda(
@@ -81,7 +100,7 @@ def _linear_cuda(
     group_size: int,
     seed: int,
 ) -> Tensor:
-    # Documented, not a fallback on failure: float64 and machines without Triton (Windows) compute with the reference.
+    # Documented: float64 computes with the reference, and so does a machine without Triton, which says so.
     if x.dtype == torch.float64 or not _has_triton():
         return _linear(
             x, codes, residual, scales, exponents, bias, in_features, bits, residual_bits, group_size, seed
