@@ -1,0 +1,28 @@
+"""The README's tables are those of the committed result files."""
+
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+
+
+def check(lines):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    missing = [line for line in lines if line not in readme]
+    assert not missing, "run `python benchmarks/tables.py` and put its output into README.md"
+
+
+def test_quality():
+    check(TABLES["quality_table"](ROOT / "benchmarks/results/quality-smollm2-h100.json"))
+
+
+def test_quantization_speed():
+    check(TABLES["speed_table"](ROOT / "benchmarks/results/quantize-speed-h100.json"))
+
+
+def test_kernel_speed():
+    lines = (ROOT / "benchmarks/results/linear-h100.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == 7
+    check(rows)
