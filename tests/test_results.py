@@ -3,6 +3,8 @@
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 
@@ -13,8 +15,9 @@ def check(lines):
     assert not missing, "run `python benchmarks/tables.py` and put its output into README.md"
 
 
-def test_quality():
-    check(TABLES["quality_table"](ROOT / "benchmarks/results/quality-smollm2-h100.json"))
+@pytest.mark.parametrize("name", ["smollm2-h100", "gemma3-cpu"])
+def test_quality(name):
+    check(TABLES["quality_table"](ROOT / f"benchmarks/results/quality-{name}.json"))
 
 
 def test_quantization_speed():
