@@ -359,3 +359,59 @@ def test_a_recent_triton_is_used(monkeypatch, installed, recwarn):
     monkeypatch.setattr(ops.importlib.metadata, "version", lambda name: installed)
     assert ops._has_triton.__wrapped__()
     assert not recwarn.list
+
+
+# -- settings that the bytes do not show, and modes that must leave no mark
+
+
+@pytest.mark.parametrize("other", [dict(seed=9), dict(group_size=64)])
+def test_planes_of_other_settings_are_refused(other):
+    layer = TurboQuantLinear.from_linear(dense(128), TurboQuantConfig(**other))
+    target = TurboQuantLinear(128, 37, config=TurboQuantConfig())
+    with pytest.raises(RuntimeError, match=f"quantized with {next(iter(other))}"):
+        target.load_state_dict(layer.state_dict())
+
+
+def test_planes_are_never_cast():
+    layer = TurboQuantLinear.from_linear(dense(), TurboQuantConfig())
+    state = {name: tensor.float() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"codes is torch\.float32: it must be torch\.uint8"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_has_the_dtype_that_the_dense_one_would_have(bias):
+    layer = TurboQuantLinear.from_linear(dense(bias=bias).bfloat16())
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.to(torch.float16).weight.dtype == torch.float16
+    assert layer.double().weight.dtype == torch.float64
+    assert TurboQuantLinear(8, 8, bias=bias, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_constants_survive_the_modes_of_their_first_caller():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Settings that no other test uses: the constants are built here.
+    config = TurboQuantConfig(bits=3, residual_bits=1, group_size=32, seed=12345)
+    layer = TurboQuantLinear.from_linear(dense(224), config)
+    fresh = dense(352)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer.dequantize()
+    with torch.inference_mode():
+        TurboQuantLinear.from_linear(fresh, TurboQuantConfig(bits=2, residual_bits=3, group_size=32, seed=54321))
+    with torch.device("meta"):
+        assert not layer.dequantize().is_meta
+    assert type(layer.dequantize()) is torch.Tensor
+    x = inputs(3, 352).requires_grad_()
+    TurboQuantLinear.from_linear(fresh, TurboQuantConfig(bits=2, residual_bits=3, group_size=32, seed=54321))(
+        x
+    ).sum().backward()
+
+
+@pytest.mark.parametrize("value", [1e40, 1e300])
+def test_float64_beyond_float32_is_an_error(value):
+    linear = dense().double()
+    with torch.no_grad():
+        linear.weight[1, 2] = value
+    with pytest.raises(QuantizationError, match=r"weight\[1, 2\] is 1e\+"):
+        TurboQuantLinear.from_linear(linear)

@@ -155,6 +155,43 @@ def test_bad_weights_name_layer_and_position(value):
     assert type(model[2]) is nn.Linear
 
 
+def test_nothing_is_replaced_if_a_later_layer_is_bad():
+    model = stack()
+    with torch.no_grad():
+        model[3].weight[0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match=r"^3: weight"):
+        quantize_model(model, progress=False)
+    assert quantized_names(model) == []
+    quantize_model(model, skip=["3"], progress=False)
+
+
+def test_a_bad_bias_is_an_error():
+    model = stack()
+    with torch.no_grad():
+        model[0].bias[2] = float("inf")
+    with pytest.raises(QuantizationError, match=r"^0: bias\[2\] is inf"):
+        quantize_model(model, progress=False)
+
+
+def test_a_model_that_is_one_layer_is_an_error():
+    with pytest.raises(QuantizationError, match="from_linear"):
+        quantize_model(nn.Linear(8, 8), progress=False)
+
+
+def test_subclasses_of_linear_are_listed_and_can_be_named_in_skip():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "out": nn.Linear(32, 32)})
+    report = quantize_model(model, progress=False)
+    assert list(report.skipped) == ["attention.out_proj"]
+    assert "NonDynamicallyQuantizableLinear" in report.skipped["attention.out_proj"]
+    assert list(report.dense) == ["attention.in_proj_weight"]
+    plan_layers(nn.ModuleDict({"a": nn.MultiheadAttention(32, 2), "b": nn.Linear(3, 3)}), ["a.out_proj"])
+
+
+def test_a_string_is_no_list_of_patterns():
+    with pytest.raises(ConfigError, match="list of glob patterns"):
+        quantize_model(stack(), skip="0", progress=False)
+
+
 def test_twice_is_an_error():
     model = stack()
     quantize_model(model, progress=False)

@@ -22,6 +22,8 @@ import struct
 import torch
 from torch import Tensor
 
+from .rotation import cached_constant
+
 # Level units per standard deviation, and the int8 magnitudes c; a level is +-(c + 1/2).
 UNIT = {2: 78.45, 3: 50.9, 4: 41.85}
 HALF_INTEGER_LEVELS = {2: (35, 118), 3: (12, 38, 68, 109), 4: (5, 16, 27, 39, 52, 67, 86, 114)}
@@ -70,7 +72,7 @@ def _polynomial(coefficients: tuple[float, ...], x: float) -> float:
     return _half(value * x)
 
 
-@functools.lru_cache(maxsize=256)
+@cached_constant
 def _level_tensor(bits: int, residual_bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(levels(bits, residual_bits), dtype=torch.float64).to(device=device, dtype=dtype)
 
@@ -82,7 +84,7 @@ def level_tensor(
     return _level_tensor(bits, residual_bits, torch.device(device), dtype)
 
 
-@functools.lru_cache(maxsize=256)
+@cached_constant
 def _boundary_tensor(bits: int, residual_bits: int, device: torch.device) -> Tensor:
     values = torch.tensor(levels(bits, residual_bits), dtype=torch.float64)
     return ((values[1:] + values[:-1]) / 2).to(device=device, dtype=torch.float32)

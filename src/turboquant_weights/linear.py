@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +56,8 @@ class TurboQuantLinear(nn.Linear):
         self.group_size = config.group_size
         self.seed = config.seed
         self.quantization_error: float | None = None  # ||W - W'||^2 / ||W||^2, known where the layer was quantized
+        # What ``weight`` answers in; follows .to(dtype), .half(), ... as a dense weight would.
+        self.dense_dtype: torch.dtype = dtype or torch.get_default_dtype()
         shapes = packed_shapes(out_features, in_features, config.bits, config.residual_bits)
         for plane in PLANES:
             if plane in shapes:
@@ -80,6 +85,8 @@ class TurboQuantLinear(nn.Linear):
         """
         config = config or TurboQuantConfig()
         weight = dense_weight(linear, name)
+        if isinstance(linear.bias, Tensor):
+            reference.check_finite(linear.bias, f"{name}: bias")
         quantized = reference.quantize_weight(
             weight,
             bits=config.bits,
@@ -92,6 +99,7 @@ class TurboQuantLinear(nn.Linear):
         assert bias is None or isinstance(bias, Tensor)
         layer = cls.from_packed(quantized.weight, weight.shape[1], bias, config)
         layer.quantization_error = quantized.error
+        layer.dense_dtype = weight.dtype
         layer.train(linear.training)
         return layer
 
@@ -120,9 +128,7 @@ class TurboQuantLinear(nn.Linear):
         return self.dequantize()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [out_features, in_features]; ``dtype`` defaults to the bias's, or torch's default without one."""
-        if dtype is None:
-            dtype = self.bias.dtype if self.bias is not None else torch.get_default_dtype()
+        """The matrix [out_features, in_features]; ``dtype`` defaults to that of the dense weight it stands for."""
         return reference.dequantize_weight(
             self.packed,
             self.in_features,
@@ -130,7 +136,7 @@ class TurboQuantLinear(nn.Linear):
             residual_bits=self.residual_bits,
             group_size=self.group_size,
             seed=self.seed,
-            dtype=dtype,
+            dtype=dtype or self.dense_dtype,
         )
 
     def base_only_(self) -> TurboQuantLinear:
@@ -161,6 +167,33 @@ class TurboQuantLinear(nn.Linear):
             self.group_size,
             self.seed,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TurboQuantLinear:
+        super()._apply(fn, recurse)
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.codes.device)).dtype
+        return self
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        """What the planes mean beside their bytes."""
+        return {name: getattr(self, name) for name in ("bits", "residual_bits", "group_size", "seed")}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]].update(self._settings)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Refuses planes that mean something else here: other settings, or numbers that would be cast to bytes."""
+        errors: list[str] = args[-1]
+        for name, value in self._settings.items():
+            if local_metadata.get(name, value) != value:
+                errors.append(f"{prefix[:-1]} was quantized with {name} {local_metadata[name]}, this layer has {value}")
+        for plane in PLANES:
+            stored, own = state_dict.get(prefix + plane), getattr(self, plane)
+            if stored is not None and own is not None and stored.dtype != own.dtype:
+                errors.append(f"{prefix}{plane} is {stored.dtype}: it must be {own.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         bits = f"{self.bits}+{self.residual_bits}" if self.residual_bits else f"{self.bits}"

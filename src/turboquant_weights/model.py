@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from . import reference
 from .config import TurboQuantConfig
 from .errors import ConfigError, QuantizationError
-from .linear import TurboQuantLinear, is_linear
+from .linear import TurboQuantLinear, dense_weight, is_linear
 
 # Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
 _DENSE_BYTES = 2
@@ -122,10 +123,12 @@ def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[li
     Raises:
         ConfigError: a pattern matches no linear layer.
     """
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if isinstance(skip, str):
+        raise ConfigError(f"skip is {skip!r}: it must be a list of glob patterns such as ['lm_head']")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_linear(module)}
     skipped: dict[str, str] = {}
     if skip is None:
-        skipped = _default_skips(model, linears)
+        skipped = _default_skips(model, {name: module for name, module in linears.items() if is_linear(module)})
     for pattern in skip or ():
         matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
         if not matches:
@@ -134,7 +137,15 @@ def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[li
                 f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like {some}"
             )
         skipped.update((name, f"matches skip pattern {pattern!r}") for name in matches)
+    for name, module in linears.items():
+        if not is_linear(module):
+            skipped[name] = f"a {type(module).__name__}, which may compute something else than nn.Linear"
     targets = [name for name in linears if name not in skipped]
+    if "" in targets:
+        raise QuantizationError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: "
+            "use TurboQuantLinear.from_linear(model, config)"
+        )
     return targets, {name: skipped[name] for name in linears if name in skipped}
 
 
@@ -164,7 +175,7 @@ def dense_parameters(model: nn.Module) -> dict[str, int]:
     linear = {
         id(parameter)
         for module in model.modules()
-        if is_linear(module) or isinstance(module, TurboQuantLinear)
+        if isinstance(module, nn.Linear) or is_linear(module)
         for parameter in module.parameters(recurse=False)
     }
     return {
@@ -203,8 +214,8 @@ def quantize_model(
 
     Raises:
         ConfigError: a skip pattern matches nothing, or the model is quantized already.
-        QuantizationError: nothing to quantize, or a weight has NaN or Inf; names layer and position. Layers before it
-            are already quantized then, the failing one is untouched.
+        QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position); nothing was
+            replaced then.
     """
     start = time.perf_counter()
     config = config or TurboQuantConfig()
@@ -215,7 +226,9 @@ def quantize_model(
         raise QuantizationError(
             f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
         )
-    config = dataclasses.replace(config, skip=tuple(skipped))
+    for name in targets:  # before anything is replaced
+        reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
+    config = dataclasses.replace(config, skip=tuple(name for name in skipped if is_linear(model.get_submodule(name))))
     weights = [id(model.get_submodule(name).weight) for name in targets]
     shared = {weight for weight in weights if weights.count(weight) > 1} if len(set(weights)) < len(weights) else set()
     done: dict[int, tuple[object, TurboQuantLinear]] = {}  # of shared weights only; keeps the weight, so its id, alive

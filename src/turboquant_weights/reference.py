@@ -26,7 +26,16 @@ from torch import Tensor
 from .codebook import UNIT, boundary_tensor, level_tensor, levels
 from .errors import QuantizationError
 from .packing import pack, packed_columns, unpack
-from .rotation import SCALE_BLOCK, keeps_precision, pad_columns, padded_features, rotate, rotation_block, unrotate
+from .rotation import (
+    SCALE_BLOCK,
+    cached_constant,
+    keeps_precision,
+    pad_columns,
+    padded_features,
+    rotate,
+    rotation_block,
+    unrotate,
+)
 
 # Elements handled at a time: bounds the temporary memory (45 to 150 bytes per element at the peak of the search). A CPU is
 # fastest where its caches hold the chunk, a GPU where launches do not count.
@@ -89,12 +98,12 @@ def scale_values() -> tuple[int, ...]:
     return tuple(b & 31 if b < 32 else (32 + (b & 31)) << ((b >> 5) - 1) for b in range(256))
 
 
-@functools.lru_cache(maxsize=64)
+@cached_constant
 def _scale_tensor(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(scale_values(), dtype=dtype, device=device)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_constant
 def _scale_boundaries(device: torch.device) -> Tensor:
     values = torch.tensor(scale_values(), dtype=torch.float32)
     return ((values[1:] + values[:-1]) / 2).to(device)
@@ -104,7 +113,7 @@ def _nearest_index(x: Tensor, boundaries: Tensor) -> Tensor:
     return torch.bucketize(x, boundaries, out_int32=True)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_constant
 def _search_table(bits: int, residual_bits: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
     """Candidate scales [96] (three octaves around 1), squared error [bins, 96] of a magnitude bin, bins per unit."""
     candidates = torch.cat([(32 + torch.arange(32)) / 32 * octave for octave in (0.5, 1.0, 2.0)])
@@ -169,16 +178,17 @@ def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor,
     )
 
 
-def _check_finite(weight: Tensor, name: str) -> None:
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raises QuantizationError, with the position, unless every entry of ``tensor`` is finite in float32."""
     # The sum is finite only if every entry is, up to overflow; the slow search runs when something looks wrong.
-    if torch.isfinite(weight.sum(dtype=torch.float32)):
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return
-    finite = torch.isfinite(weight)
+    finite = torch.isfinite(tensor.float())
     if finite.all():
         return
-    row, column = (int(i) for i in (~finite).nonzero()[0])
+    position = [int(i) for i in (~finite).nonzero()[0]]
     raise QuantizationError(
-        f"{name}: weight[{row}, {column}] is {weight[row, column].item()}: weights must be finite. "
+        f"{name}{position} is {tensor[tuple(position)].item()}: weights must be finite in float32. "
         "Repair the checkpoint, or leave the layer out with skip=[...]"
     )
 
@@ -193,7 +203,7 @@ def quantize_weight(
     seed: int = 0,
     name: str = "weight",
 ) -> Quantized:
-    """Quantizes a matrix ``[n, k]`` of float32, float16 or bfloat16 without data, on the device it is on.
+    """Quantizes a floating-point matrix ``[n, k]`` without data, on the device it is on, from its float32 values.
 
     Rows are independent: quantizing rows apart and concatenating the results gives the same planes up to the rounding of
     the rotation. ``name`` is used in errors.
@@ -206,7 +216,7 @@ def quantize_weight(
             f"{name}: got a {weight.dtype} tensor of shape {tuple(weight.shape)}: "
             "a non-empty floating-point matrix [out_features, in_features] is needed"
         )
-    _check_finite(weight, name)
+    check_finite(weight, f"{name}: weight")
     k = weight.shape[1]
     columns, block = padded_features(k), rotation_block(k, group_size)
     parts = []
@@ -252,7 +262,7 @@ def quantize_weight(
     return Quantized(joined, error / norm if norm else 0.0)
 
 
-@functools.lru_cache(maxsize=32)
+@cached_constant
 def _pair_table(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[256, 8 / bits]: all levels of a packed byte at once, for widths that divide 8."""
     byte = torch.arange(256)

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 SCALE_BLOCK = 32  # columns that share one scale; the smallest rotation block
 _MASK64 = (1 << 64) - 1
@@ -43,6 +45,28 @@ def rotation_block(in_features: int, group_size: int) -> int:
     return min(group_size, columns & -columns)
 
 
+def cached_constant(build: Callable[P, T]) -> Callable[P, T]:
+    """Caches a function that makes constant tensors for a device, whatever mode its first caller happens to be in.
+
+    Inference mode, a default device or autocast must not leave their mark on a tensor that outlives them. Under a dispatch
+    mode (fake tensors while a model is exported) nothing is cached: what is built there belongs to that mode.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def cached(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return build(*args, **kwargs)
+
+    @functools.wraps(build)
+    def constant(*args: P.args, **kwargs: P.kwargs) -> T:
+        if is_in_torch_dispatch_mode():
+            with torch.device("cpu"):
+                return build(*args, **kwargs)
+        return cached(*args, **kwargs)  # type: ignore[arg-type]  # bits, seeds, devices and dtypes are hashable
+
+    return constant
+
+
 def sign_word(seed: int, index: int) -> int:
     """The ``index``-th output of SplitMix64 (Steele, Lea, Flood 2014) started at ``seed``: 64 signs."""
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64
@@ -51,7 +75,7 @@ def sign_word(seed: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-@functools.lru_cache(maxsize=256)
+@cached_constant
 def _signs(seed: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     words = (sign_word(seed, i) for i in range(-(-columns // _WORD)))
     values = [-1.0 if (word >> bit) & 1 else 1.0 for word in words for bit in range(_WORD)]
@@ -63,7 +87,7 @@ def signs(seed: int, columns: int, device: torch.device | str = "cpu", dtype: to
     return _signs(seed, columns, torch.device(device), dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_constant
 def _hadamard(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < block:

@@ -238,12 +238,15 @@ class TurboQuantHfQuantizer(HfQuantizer):
             return {}
         parent, child_name = self.pending[name][0]
         dense = parent.get_submodule(child_name)
+        placeholder = dense.weight  # of the requested dtype; the weight comes as it was stored
+        assert isinstance(placeholder, Tensor)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         try:
             layer = TurboQuantLinear.from_linear(dense, self.quantization_config, name=name)
         except TurboQuantError as error:
             self._failure = error
             return {}
+        layer.dense_dtype = placeholder.dtype
         layer._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialise
         for parent, child_name in self.pending.pop(name):
             setattr(parent, child_name, layer)
