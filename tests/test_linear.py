@@ -415,3 +415,12 @@ def test_float64_beyond_float32_is_an_error(value):
         linear.weight[1, 2] = value
     with pytest.raises(QuantizationError, match=r"weight\[1, 2\] is 1e\+"):
         TurboQuantLinear.from_linear(linear)
+
+
+def test_gradients_of_gradients():
+    layer = TurboQuantLinear.from_linear(dense())
+    weight = layer.dequantize()
+    x, direction = inputs(3, 100).requires_grad_(), inputs(3, 100, seed=2)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum() / 2, x, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, x, direction)
+    torch.testing.assert_close(product, direction @ weight.T @ weight, rtol=1e-4, atol=1e-5)

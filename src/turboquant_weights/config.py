@@ -25,7 +25,7 @@ class TurboQuantConfig:
 
     Args:
         bits: Bits of the base plane, 2, 3 or 4.
-        residual_bits: Bits of the nested residual plane, 0 (none) to 4. ``bits=4, residual_bits=4`` is lossless in practice.
+        residual_bits: Bits of the nested residual plane, 0 (none) to 4. ``bits=4, residual_bits=4`` costs next to nothing.
         group_size: Columns that one Hadamard rotation mixes: 32, 64 or 128. A layer whose ``in_features`` it does not
             divide uses the largest smaller power of two that fits (FORMAT.md section 3).
         seed: Seed of the random signs, 0 to 2**32 - 1. Layers with the same seed and input share one rotation.

@@ -144,6 +144,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, None, None, None, None, grad_bias, *([None] * len(ctx.layout)))
 
 
+def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, residual, scales, exponents, *layout = inputs
+    ctx.save_for_backward(codes, residual, scales, exponents)
+    ctx.layout = layout
+
+
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # grad @ W is linear in grad: its own gradient is the layer without bias.
+    again = torch.ops.turboquant_weights.linear(grad, *ctx.saved_tensors, None, *ctx.layout)
+    return (again, None, None, None, None, *([None] * len(ctx.layout)))
+
+
 torch.library.register_autograd("turboquant_weights::linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd(
+    "turboquant_weights::linear_input_gradient",
+    _gradient_backward,
+    setup_context=_gradient_setup_context,
+    lib=_LIBRARY,
+)
 
 linear = torch.ops.turboquant_weights.linear

@@ -56,7 +56,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to create; it appears only when complete.", show_default=False)],
     bits: Annotated[int, typer.Option(min=2, max=4, help="Bits of the base plane.")] = 4,
     residual_bits: Annotated[
-        int, typer.Option(min=0, max=4, help="Bits of the residual plane; 4 with --bits 4 is lossless in practice.")
+        int, typer.Option(min=0, max=4, help="Bits of the residual plane; 4 with --bits 4 costs next to nothing.")
     ] = 0,
     group_size: Annotated[int, typer.Option(help="Input columns that one rotation mixes: 32, 64 or 128.")] = 128,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the rotation's signs.")] = 0,

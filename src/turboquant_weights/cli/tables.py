@@ -58,7 +58,9 @@ def print_checkpoint(info: CheckpointInfo, errors: dict[str, float] | None = Non
     )
     for key, value in (config.source or {}).items():
         out.print(f"  {key}: {value}", markup=False)
-    layers = table("quantized layer", "bits", "out", "in", "bytes", "bits/weight", *(["error"] if errors else []))
+    layers = table(
+        "quantized layer", "bits", "rows", "stored columns", "bytes", "bits/weight", *(["error"] if errors else [])
+    )
     for layer in info.layers:
         per_weight = 8 * layer.nbytes / (layer.out_features * layer.columns)
         cells = [
