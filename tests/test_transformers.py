@@ -386,6 +386,27 @@ def test_config_that_contradicts_the_files_is_an_error(copy, changes):
         _dense_model(copy)
 
 
+@pytest.mark.parametrize("base_only", [False, True])
+@pytest.mark.parametrize(
+    "way", [tq.load, transformers.AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"]
+)
+def test_settings_are_compared_with_the_manifest(checkpoint, tmp_path, way, base_only):
+    folder = tmp_path / "edited"
+    shutil.copytree(checkpoint, folder)
+    options = {"base_only": True} if base_only and way is tq.load else {}
+    way(folder, **options)
+    _edit_config(folder, seed=7)
+    with pytest.raises(tq.FormatError, match=r"seed is 7, but 0 was saved.*save_pretrained"):
+        way(folder, **options)
+
+
+def test_a_partial_download_needs_only_the_files_it_loads(checkpoint, tmp_path):
+    folder = tmp_path / "snapshot"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").unlink()
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("changes", [{"unknown": 1}, {"format_version": 2}, {"bits": 5}], ids=str)
 def test_config_that_cannot_be_read_is_an_error(copy, changes):
     _edit_config(copy, **changes)

@@ -166,7 +166,7 @@ def validate(folder: str | os.PathLike[str]) -> CheckpointInfo:
     names = [CONFIG_FILE, *([INDEX_FILE] if (root / INDEX_FILE).exists() else []), *headers]
     has_manifest = (root / MANIFEST_FILE).exists()
     if has_manifest:
-        _compare_manifest(root, config, headers)
+        compare_manifest(root, config, headers)
     files = {name: (root / name).stat().st_size for name in names}
     return CheckpointInfo(root, config, architecture, layers, others, files, has_manifest)
 
@@ -257,7 +257,8 @@ def _read_headers(root: Path) -> dict[str, Header]:
     single, index = root / WEIGHTS_FILE, root / INDEX_FILE
     if single.exists() == index.exists():
         raise FormatError(
-            f"{root}: {'both' if single.exists() else 'neither'} {WEIGHTS_FILE} and {INDEX_FILE} exist: exactly one must. "
+            f"{root}: {f'both {WEIGHTS_FILE} and' if single.exists() else f'neither {WEIGHTS_FILE} nor'} {INDEX_FILE} "
+            f"exist{'' if single.exists() else 's'}: exactly one must. "
             + ("Delete the older one" if single.exists() else "Only safetensors files are read; save the model with them")
         )
     if single.exists():
@@ -387,10 +388,23 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _compare_manifest(root: Path, config: TurboQuantConfig, headers: dict[str, Header]) -> None:
-    """The checks against the manifest that need no tensor: settings, file sizes, headers."""
+def compare_manifest(root: Path, config: TurboQuantConfig, headers: dict[str, Header], *, complete: bool = True) -> None:
+    """The checks against the manifest that need no tensor: settings, file sizes, headers.
+
+    Args:
+        root: The folder, which holds a manifest.
+        config: As ``config.json`` has it.
+        headers: By file name, of the files that are loaded.
+        complete: Whether every listed file must be there. A download may have left out those that nobody asked for.
+
+    Raises:
+        FormatError: something differs.
+    """
     manifest = _read_manifest(root)
-    hint = f"if the change is meant, delete {MANIFEST_FILE}"
+    hint = (
+        f"if the change is meant, or the folder was saved again with save_pretrained, delete {MANIFEST_FILE} "
+        "(turboquant_weights.save writes a new one)"
+    )
     saved = _parse_config(manifest["quantization_config"], MANIFEST_FILE)
     for field in dataclasses.fields(config):
         now, then = getattr(config, field.name), getattr(saved, field.name)
@@ -403,6 +417,8 @@ def _compare_manifest(root: Path, config: TurboQuantConfig, headers: dict[str, H
             size = (root / name).stat().st_size
         except (OSError, ValueError):  # ValueError: the name cannot be one
             size = None
+        if size is None and not complete and name not in headers:
+            continue
         if name != CONFIG_FILE and size != entry["bytes"]:
             got = "missing" if size is None else f"{size} bytes long"
             raise FormatError(f"{short(name)} is {got}: {MANIFEST_FILE} says {entry['bytes']} bytes. Fetch it again; {hint}")

@@ -43,7 +43,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import turboquant_weights
 
 from .. import model as walker
-from ..checkpoint import atomic_folder, check_values, validate, write_manifest
+from ..checkpoint import MANIFEST_FILE, atomic_folder, check_values, compare_manifest, validate, write_manifest
 from ..config import QUANT_METHOD, TurboQuantConfig
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..header import TensorInfo, read_header
@@ -115,6 +115,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self._skipped: list[str] = []
         self._failure: TurboQuantError | None = None
         self._loading: tuple[Any, list[str]] | None = None
+        self._stored_config = quantization_config
         if self.drops_residual:
             self.quantization_config = dataclasses.replace(quantization_config, residual_bits=0)
 
@@ -164,7 +165,9 @@ class TurboQuantHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any | None = None) -> list[Any]:
         """Changes nothing. It is the one moment at which Transformers has the final names and has read no tensor yet."""
         if self._loading is not None:
-            _check_files(*self._loading, weight_conversions, self.drops_residual)
+            model, files = self._loading
+            _check_manifest(self._stored_config, files)
+            _check_files(model, files, weight_conversions, self.drops_residual)
             self._loading = None
         return weight_conversions
 
@@ -310,6 +313,16 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
     model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in expected}
 
 
+def _check_manifest(config: TurboQuantConfig, files: list[str]) -> None:
+    """Compares ``config.json``, sizes and headers with the manifest if there is one: a changed seed is seen nowhere else."""
+    folders = {Path(file).parent for file in files}
+    if len(folders) != 1 or not (folder := folders.pop()).joinpath(MANIFEST_FILE).is_file():
+        return
+    if all(str(file).endswith(".safetensors") for file in files):  # if not, _check_files explains
+        headers = {Path(file).name: read_header(Path(file)) for file in files}
+        compare_manifest(folder, config, headers, complete=False)
+
+
 def _check_exponents(model: Any) -> None:
     """The one range rule of the format, for a model that came through ``from_pretrained`` without :func:`load_quantized`."""
     for name, layer in model.named_modules():
@@ -401,6 +414,7 @@ def load_quantized(
 ) -> Any:
     """``turboquant_weights.load``, which documents it."""
     import transformers
+    from transformers.utils.hub import cached_file
 
     if os.path.isdir(folder):
         check_values(validate(folder))
@@ -409,6 +423,9 @@ def load_quantized(
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise ConfigError(f"{folder} is not quantized by this package: quantize it first, or load it with Transformers")
+    if not os.path.isdir(folder):  # the manifest must lie beside the weights when these are checked
+        source = {key: value for key, value in hub.items() if key != "trust_remote_code"}
+        cached_file(folder, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False, **source)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
     kwargs.update({key: value for key, value in (("device_map", device_map), ("dtype", dtype)) if value is not None})
