@@ -265,6 +265,53 @@ def test_base_only_can_be_saved(checkpoint, tmp_path):
     assert_same_bits(base, tq.load(tmp_path / "base"))
 
 
+def _layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, tq.TurboQuantLinear)}
+
+
+def _base_only(model):
+    for layer in _layers(model).values():
+        layer.base_only_()
+
+
+def _one_dense(model):
+    name, layer = next(iter(_layers(model).items()))
+    dense = torch.nn.Linear(layer.in_features, layer.out_features, dtype=model.dtype)
+    model.set_submodule(name, dense)
+
+
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+@pytest.mark.parametrize("change", [_base_only, _one_dense])
+def test_a_changed_model_is_saved_as_it_is(checkpoint, tmp_path, change, way):
+    model = tq.load(checkpoint)
+    change(model)
+    if way == "save":
+        tq.save(model, tmp_path / "out")
+    else:
+        model.save_pretrained(tmp_path / "out")
+    again = tq.load(tmp_path / "out")
+    assert_same_bits(model, again)
+    assert _layers(model).keys() == _layers(again).keys()
+    assert model.config.quantization_config == again.config.quantization_config
+
+
+def test_layers_of_different_settings_are_not_saved(checkpoint, tmp_path):
+    model = tq.load(checkpoint)
+    first, second, *_ = _layers(model)
+    model.get_submodule(second).base_only_()
+    with pytest.raises(tq.ConfigError, match=f"residual_bits is 2 in {first}, but 0 in {second}"):
+        tq.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_quantized_layers_is_not_saved(checkpoint, tmp_path):
+    model = tq.load(checkpoint)
+    for name, layer in _layers(model).items():
+        model.set_submodule(name, torch.nn.Linear(layer.in_features, layer.out_features))
+    with pytest.raises(tq.ConfigError, match="no quantized layer left"):
+        tq.save(model, tmp_path / "out")
+
+
 def test_quantized_head_is_untied_for_good(tmp_path):
     model = _llama(tied=True).eval()
     tq.quantize_model(model, tq.TurboQuantConfig(), skip=[], progress=False)

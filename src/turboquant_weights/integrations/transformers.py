@@ -194,9 +194,11 @@ class TurboQuantHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict with the tripwire (see the module's docstring)."""
+        """The state dict with the tripwire (see the module's docstring). ``config.json`` is written after this call."""
         state = model.state_dict()
-        first = next(name for name, module in model.named_modules() if isinstance(module, TurboQuantLinear))
+        config, first = _live_config(model, self.quantization_config)
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved, and they are no skips
+            self.quantization_config = model.config.quantization_config = config
         state[f"{first}.weight"] = torch.empty(0, dtype=model.dtype)
         return state, {QUANT_METHOD: turboquant_weights.__version__}
 
@@ -367,6 +369,27 @@ def _dense_layer(layer: TurboQuantLinear, original: nn.Module, dtype: torch.dtyp
     if layer.bias is not None:
         dense.bias = layer.bias
     return dense.train(layer.training)
+
+
+def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig, str]:
+    """``config`` as the layers of ``model`` are now, which the user may have changed, and the first quantized one's name."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)]
+    if not layers:
+        raise ConfigError(
+            f"this {type(model).__name__} has no quantized layer left: call model.dequantize() before saving a dense model"
+        )
+    first = layers[0][0]
+    fields = ("bits", "residual_bits", "group_size", "seed")
+    settings = {field: getattr(layers[0][1], field) for field in fields}
+    for name, layer in layers:
+        for field, value in settings.items():
+            if getattr(layer, field) != value:
+                raise ConfigError(
+                    f"{field} is {value} in {first}, but {getattr(layer, field)} in {name}: a checkpoint has one setting "
+                    "for all layers. Make them alike, e.g. with base_only_() on every layer"
+                )
+    skip = tuple(name for name, module in model.named_modules() if is_linear(module))
+    return dataclasses.replace(config, skip=skip, **settings), first
 
 
 def _provenance(model: Any) -> dict[str, str]:
