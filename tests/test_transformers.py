@@ -368,6 +368,14 @@ def test_save_needs_a_quantized_transformers_model(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_load_of_a_wrong_path_says_so(checkpoint, tmp_path, monkeypatch):
+    for path in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "~/nowhere/at all", "no/such/folder"):
+        with pytest.raises(tq.ConfigError, match=f"^no such folder: {path}$"):
+            tq.load(path)
+    with pytest.raises(tq.ConfigError, match=f"is a file: the model's folder is needed, {checkpoint}$"):
+        tq.load(checkpoint / "config.json")
+
+
 def test_load_needs_a_quantized_model(dense):
     with pytest.raises(tq.TurboQuantError, match="not a quantized model"):
         tq.load(dense)

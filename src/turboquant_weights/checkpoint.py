@@ -72,6 +72,16 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def check_is_folder_or_hub_id(model: str | os.PathLike[str]) -> None:
+    """Raises a ConfigError for a file, and for what can only be a path but leads nowhere: the hub would not know it."""
+    text = os.fspath(model)
+    if os.path.isfile(text):
+        raise ConfigError(f"{text} is a file: the model's folder is needed, {os.path.dirname(text) or '.'}")
+    looks_like_path = not isinstance(model, str) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    if looks_like_path and not os.path.exists(text):
+        raise ConfigError(f"no such folder: {text}")
+
+
 def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return

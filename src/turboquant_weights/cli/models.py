@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import check_is_folder_or_hub_id
 from ..config import QUANT_METHOD
 from ..errors import ConfigError, TurboQuantError
 
@@ -42,6 +43,8 @@ def open_model(model: str | os.PathLike[str], dtype: Dtype = Dtype.AUTO, device:
 
     from ..integrations.transformers import load_dense, load_quantized
 
+    if Path(model).suffix != ".gguf":
+        check_is_folder_or_hub_id(model)
     kwargs: dict[str, Any] = {"dtype": _torch_dtype(model, dtype), "device_map": device}
     try:
         if is_checkpoint(model):

@@ -50,7 +50,7 @@ def load(
 
     Raises:
         FormatError: the checkpoint breaks a rule of FORMAT.md, or a tensor is missing.
-        ConfigError: the model is not quantized by this package.
+        ConfigError: the model is not quantized by this package, or ``folder`` is a file or a path that leads nowhere.
         ImportError: Transformers is not installed.
     """
     from .transformers import load_quantized

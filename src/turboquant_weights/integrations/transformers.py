@@ -43,7 +43,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import turboquant_weights
 
 from .. import model as walker
-from ..checkpoint import MANIFEST_FILE, atomic_folder, check_values, compare_manifest, validate, write_manifest
+from ..checkpoint import (
+    MANIFEST_FILE,
+    atomic_folder,
+    check_is_folder_or_hub_id,
+    check_values,
+    compare_manifest,
+    validate,
+    write_manifest,
+)
 from ..config import QUANT_METHOD, TurboQuantConfig
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..header import TensorInfo, read_header
@@ -439,6 +447,7 @@ def load_quantized(
     import transformers
     from transformers.utils.hub import cached_file
 
+    check_is_folder_or_hub_id(folder)
     if os.path.isdir(folder):
         check_values(validate(folder))
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token", "trust_remote_code") if key in kwargs}
