@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,22 +31,30 @@ _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor
 _LIBRARY.define(f"linear_input_gradient(Tensor grad, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
 
 
-def _linear(
-    x: Tensor,
-    codes: Tensor,
-    residual: Tensor | None,
-    scales: Tensor,
-    exponents: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    bits: int,
-    residual_bits: int,
-    group_size: int,
-    seed: int,
-) -> Tensor:
-    packed = PackedWeight(codes, residual, scales, exponents)
-    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
-    return reference.linear(x, packed, bias, in_features, **layout)
+def _on_planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Gives a function with the signature of :func:`reference.linear` the schema of the op."""
+
+    def op(
+        x: Tensor,
+        codes: Tensor,
+        residual: Tensor | None,
+        scales: Tensor,
+        exponents: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        bits: int,
+        residual_bits: int,
+        group_size: int,
+        seed: int,
+    ) -> Tensor:
+        packed = PackedWeight(codes, residual, scales, exponents)
+        layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+        return function(x, packed, bias, in_features, **layout)
+
+    return op
+
+
+_linear = _on_planes(reference.linear)
 
 
 def _linear_input_gradient(
@@ -87,29 +96,18 @@ def _has_triton() -> bool:
     return False
 
 
-def _linear_cuda(
-    x: Tensor,
-    codes: Tensor,
-    residual: Tensor | None,
-    scales: Tensor,
-    exponents: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    bits: int,
-    residual_bits: int,
-    group_size: int,
-    seed: int,
-) -> Tensor:
-    # Documented: float64 computes with the reference, and so does a machine without Triton, which says so.
-    if x.dtype == torch.float64 or not _has_triton():
-        return _linear(
-            x, codes, residual, scales, exponents, bias, in_features, bits, residual_bits, group_size, seed
-        )  # fmt: skip
+@functools.cache
+def _linear_kernels() -> Callable[..., Tensor]:
     from .kernels.linear import linear
 
-    packed = PackedWeight(codes, residual, scales, exponents)
-    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
-    return linear(x, packed, bias, in_features, **layout)
+    return _on_planes(linear)
+
+
+def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
+    # Documented: float64 computes with the reference, and so does a machine without Triton, which says so.
+    if x.dtype == torch.float64 or not _has_triton():
+        return _linear(x, *arguments)
+    return _linear_kernels()(x, *arguments)
 
 
 # The plain-PyTorch reference serves every device but those with kernels of their own.
