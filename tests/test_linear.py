@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear
+from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear, rotation
 
 CONFIGS = [
     TurboQuantConfig(bits=4),
@@ -388,24 +388,26 @@ def test_weight_has_the_dtype_that_the_dense_one_would_have(bias):
     assert TurboQuantLinear(8, 8, bias=bias, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
 
 
-def test_constants_survive_the_modes_of_their_first_caller():
+def fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Settings that no other test uses: the constants are built here.
-    config = TurboQuantConfig(bits=3, residual_bits=1, group_size=32, seed=12345)
-    layer = TurboQuantLinear.from_linear(dense(224), config)
-    fresh = dense(352)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "seed"), [(fake_tensors, 7001), (torch.inference_mode, 7002), (lambda: torch.device("meta"), 7003)]
+)
+def test_constants_survive_the_modes_of_their_first_caller(mode, seed):
+    # The seed is used nowhere else: the signs are made inside the mode.
+    layer = TurboQuantLinear(224, 37, config=TurboQuantConfig(seed=seed))
+    with mode():
         layer.dequantize()
-    with torch.inference_mode():
-        TurboQuantLinear.from_linear(fresh, TurboQuantConfig(bits=2, residual_bits=3, group_size=32, seed=54321))
-    with torch.device("meta"):
-        assert not layer.dequantize().is_meta
-    assert type(layer.dequantize()) is torch.Tensor
-    x = inputs(3, 352).requires_grad_()
-    TurboQuantLinear.from_linear(fresh, TurboQuantConfig(bits=2, residual_bits=3, group_size=32, seed=54321))(
-        x
-    ).sum().backward()
+    after = layer.dequantize()
+    assert type(after) is torch.Tensor
+    assert not after.is_meta
+    x = inputs(3, 224).requires_grad_()
+    rotation.rotate(x, 32, seed).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("value", [1e40, 1e300])
