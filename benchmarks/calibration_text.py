@@ -108,11 +108,11 @@ def novel_pieces(path: pathlib.Path) -> Iterator[str]:
             yield from pieces([re.sub(r"\s+", " ", p) for p in paragraphs if not p.startswith(("PRIDE", "By Jane"))])
 
 
-def pieces(paragraphs: list[str]) -> Iterator[str]:
-    """Joins paragraphs to pieces of about PIECE characters."""
+def pieces(paragraphs: list[str], size: int = PIECE) -> Iterator[str]:
+    """Joins paragraphs to pieces of at least ``size`` characters; a short rest is left out."""
     piece = ""
     for paragraph in paragraphs:
-        if len(piece) > PIECE:
+        if len(piece) > size:
             yield piece
             piece = ""
         piece += paragraph.rstrip() + "\n\n"
