@@ -1,161 +1,206 @@
-"""Quality of data-free quantization: perplexity, KL divergence and top-1 agreement beside simple peers.
+"""Quality of quantization: perplexity, KL divergence and top-1 agreement of our modes and of other quantizers.
 
-Example (the README's table):
+Example (the README's tables; second.txt is made by second_text.py):
 
-    python benchmarks/quality.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.test.raw --device cuda
+    python benchmarks/quality.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.test.raw second.txt --device cuda \\
+        --out benchmarks/results/quality-smollm2-h100.json
 
-Protocol: WikiText-2 raw test, the first 32 windows of 1,024 tokens, BOS where the model wants it; reference = the GGUF
-de-quantized to float32; all linear layers of the decoder are quantized, embeddings and output head are not. Rotated methods
-are the mean of several rotation seeds, the spread is shown. "bits" count everything stored for the quantized layers.
-The peers are integer RTN (asymmetric min-max) and NF4; their block is the largest power of two that divides the columns,
-at most 128 (NF4: 64). Reference weights lie on a grid of 32-column blocks, so peers with blocks of 32 would look lossless.
+Protocol: of each text the first 32 windows of 1,024 tokens, BOS where the model wants it; reference = the GGUF de-quantized
+to float32, and every row is measured against it in the same run. Rotated methods are the mean of several rotation seeds,
+the spread is shown. "bits" count everything stored for the tensors that a method quantizes, per weight of theirs (the
+linear layers of the decoder, and in the whole-file rows and llama.cpp's the embedding); the ratio is the whole model in
+bf16 over the whole model as stored, tensors only. The peers are in peers.py and llama_cpp_peer.py. Calibrated methods read
+the package's own calibration text and never an evaluation text.
+
+Reference weights lie on a grid of 32-column blocks, so peers with blocks of 32 look better than they are: llama.cpp's
+Q4_0, Q5_0, Q5_1, IQ4_NL and Q8_0 are such; blocks of other peers are 64 and 128.
+
+--rows takes patterns, so the work can be split over processes; merge_quality.py puts the parts together:
+
+    for seed in 0 1 2; do
+        python benchmarks/quality.py ... --rows 'ours*' --first-seed $seed --seeds 1 --out $seed.json &
+    done; wait
+    python benchmarks/merge_quality.py 0.json 1.json 2.json --out all.json
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import transformers
+from llama_cpp_peer import llama_cpp_rows
+from peers import PEERS, Peer
 from torch import Tensor, nn
 
 import turboquant_weights
 from turboquant_weights import TurboQuantConfig, quantize_model
-from turboquant_weights.evaluation import Evaluation, compare, noise_floor, text_windows
+from turboquant_weights.evaluation import calibration_text, evaluate, noise_floor, text_windows
 from turboquant_weights.integrations.transformers import load_dense
-from turboquant_weights.model import plan_layers
 
-SETTINGS = ("2", "3", "4", "4+1", "4+2", "4+3", "4+4")
+DATA_FREE = ("2", "3", "4", "4+1", "4+2", "4+3", "4+4")
+CALIBRATED = ("4", "4+2", "4+4")
+WHOLE_FILE = (3.2, 3.7)
+# What an evaluation contributes to a row.
+FIGURES = ("perplexity", "kl_mean", "kl_stderr", "kl_p99", "kl_max", "top1")
 
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table; lists hold one figure per seed."""
+    """One line of the table. Lists hold one figure per seed; ``scores`` has of each text the figures per seed."""
 
     method: str
-    bits: float
+    note: str
+    seeds: list[int]
+    bits: list[float]
+    bytes: list[int]
+    ratio: list[float]
     error: list[float]
-    perplexity: list[float]
-    kl: list[float]
-    kl_p99: list[float]
-    top1: list[float]
-    seconds: float
+    seconds: list[float]
+    scores: dict[str, dict[str, list[float]]]
 
 
-def largest_block(columns: int, limit: int) -> int:
-    return min(limit, columns & -columns)
+@dataclasses.dataclass
+class Result:
+    """A quantized model on its way to a row."""
+
+    model: nn.Module
+    bits: float
+    bytes: int
+    error: float
+    note: str = ""
 
 
-def rtn(weight: Tensor, bits: int = 4, limit: int = 128) -> tuple[Tensor, float]:
-    """Asymmetric min-max integers: fp16 scale and ``bits``-bit zero point per block. Returns weight and bits per weight."""
-    block = largest_block(weight.shape[1], limit)
-    blocks = weight.float().view(-1, block)
-    low, high = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).half().float().clamp(min=1e-8)
-    zero = (-low / scale).round().clamp(0, 2**bits - 1)
-    index = (blocks / scale + zero).round().clamp(0, 2**bits - 1)
-    return ((index - zero) * scale).view(weight.shape), bits + (16 + bits) / block
+class Remembered(nn.Module):
+    """The reference, whose decoder runs once per window: what the output head reads is kept, and the head runs again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: dict[bytes, Tensor] = {}
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        head = self.model.get_output_embeddings()
+        key = input_ids.cpu().numpy().tobytes()
+        if key in self.seen:
+            return SimpleNamespace(logits=head(self.seen[key]))
+        with contextlib.closing(_Hook(head)) as hook:
+            logits = self.model(input_ids=input_ids, use_cache=use_cache).logits
+        if not self.seen and not torch.equal(logits, head(hook.input)):
+            raise SystemExit("the reference changes its logits after the output head: its decoder cannot be run only once")
+        self.seen[key] = hook.input
+        return SimpleNamespace(logits=logits)
 
 
-def nf4(weight: Tensor, limit: int = 64) -> tuple[Tensor, float]:
-    """NormalFloat4 (Dettmers et al. 2023) with an fp16 absolute maximum per block."""
-    positive = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.9677083, 0.5, 9)[:-1])
-    negative = -torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.9677083, 0.5, 8)[:-1])
-    table = torch.cat([negative, torch.zeros(1), positive]).sort().values
-    table = (table / table.max()).to(weight.device)
-    block = largest_block(weight.shape[1], limit)
-    blocks = weight.float().view(-1, block)
-    scale = blocks.abs().amax(1, keepdim=True).half().float().clamp(min=1e-8)
-    index = torch.bucketize(blocks / scale, (table[1:] + table[:-1]) / 2)
-    return (table[index] * scale).view(weight.shape), 4 + 16 / block
+class _Hook:
+    def __init__(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_pre_hook(self.keep)
+
+    def keep(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        self.input = args[0]
+
+    def close(self) -> None:
+        self.handle.remove()
 
 
-def fake_quantized(reference: nn.Module, method: Callable[[Tensor], tuple[Tensor, float]]) -> tuple[nn.Module, float, float]:
-    """A copy with every planned layer replaced by its rounded weight; bits per weight and mean relative error."""
+def our_rows(tokenizer: object) -> dict[str, tuple[dict[str, int], dict[str, object]]]:
+    """Row name -> arguments of TurboQuantConfig and of quantize_model."""
+    calibrated = {"calibration": calibration_text(), "tokenizer": tokenizer}
+    rows: dict[str, tuple[dict[str, int], dict[str, object]]] = {f"ours {s}": (_bits(s), {}) for s in DATA_FREE}
+    rows |= {f"ours {s}, calibrated": (_bits(s), calibrated) for s in CALIBRATED}
+    rows |= {f"ours {r}x whole file": ({}, calibrated | {"target_ratio": r}) for r in WHOLE_FILE}
+    return rows
+
+
+def _bits(setting: str) -> dict[str, int]:
+    bits, _, residual = setting.partition("+")
+    return {"bits": int(bits), "residual_bits": int(residual or 0)}
+
+
+def quantize_ours(reference: nn.Module, config: dict[str, int], arguments: dict[str, object], seed: int) -> Result:
     model = copy.deepcopy(reference)
-    bits = weights = 0.0
-    errors = []
-    with torch.no_grad():
-        for name in plan_layers(model)[0]:
-            weight = model.get_submodule(name).weight
-            rounded, per_weight = method(weight)
-            errors.append(((rounded - weight).square().sum() / weight.square().sum()).item())
-            bits += per_weight * weight.numel()
-            weights += weight.numel()
-            weight.copy_(rounded)
-    return model, bits / weights, statistics.mean(errors)
+    report = quantize_model(model, TurboQuantConfig(seed=seed, **config), progress=False, **arguments)
+    return Result(model, report.bits_per_weight, report.total_bytes, report.error)
 
 
-def rows(reference: nn.Module, windows: Tensor, settings: list[str], seeds: int, with_peers: bool) -> Iterator[Row]:
-    peers = {
-        "integer RTN, 128": lambda w: rtn(w, 4, 128),
-        "integer RTN, 64": lambda w: rtn(w, 4, 64),
-        "NF4, 64": nf4,
-        "integer RTN 8 bits, 128": lambda w: rtn(w, 8, 128),
-    }
-    for name, method in peers.items() if with_peers else ():
+def quantize_peer(reference: nn.Module, build: Callable[[nn.Module, Tensor], Peer], calibration: Tensor) -> Result:
+    peer = build(reference, calibration)
+    new = peer.model.state_dict()
+    errors = [
+        ((new[name] - old).square().sum() / old.square().sum()).item()
+        for name, old in reference.state_dict().items()
+        if old.dim() == 2 and not torch.equal(new[name], old)
+    ]
+    # A peer may quantize without loss what lies on its grid.
+    error = statistics.mean(errors) if errors else 0.0
+    return Result(peer.model, 8 * peer.stored / peer.weights, round(peer.total), error, peer.note)
+
+
+def measure(
+    name: str, build: Callable[[int], Result], seeds: list[int], reference: Remembered, texts: dict[str, Tensor]
+) -> Row:
+    dense = 2 * sum(parameter.numel() for parameter in reference.model.parameters())
+    row = Row(name, "", list(seeds), [], [], [], [], [], {text: {figure: [] for figure in FIGURES} for text in texts})
+    for seed in seeds:
         start = time.perf_counter()
-        model, bits, error = fake_quantized(reference, method)
-        seconds = time.perf_counter() - start
-        score = compare(reference, {name: model}, windows, progress=False)[name]
-        yield _row(name, bits, [error], [score], seconds)
-    for setting in settings:
-        bits, residual_bits = (int(part) for part in (setting + "+0").split("+")[:2])
-        scores, errors, seconds = [], [], []
-        for seed in range(seeds):
-            model = copy.deepcopy(reference)
-            config = TurboQuantConfig(bits=bits, residual_bits=residual_bits, seed=seed)
-            report = quantize_model(model, config, progress=False)
-            scores.append(compare(reference, {config.label: model}, windows, progress=False)[config.label])
-            errors.append(report.error)
-            seconds.append(report.seconds)
-        yield _row(f"ours {config.label}", report.bits_per_weight, errors, scores, statistics.median(seconds))
+        result = build(seed)
+        row.seconds.append(time.perf_counter() - start)
+        row.note = result.note
+        row.bits.append(result.bits)
+        row.bytes.append(result.bytes)
+        row.ratio.append(dense / result.bytes)
+        row.error.append(result.error)
+        for text, windows in texts.items():
+            score = evaluate(result.model, windows, reference, progress=False).to_dict()
+            for figure in FIGURES:
+                row.scores[text][figure].append(score[figure])
+    return row
 
 
-def _row(method: str, bits: float, errors: list[float], scores: list[Evaluation], seconds: float) -> Row:
-    return Row(
-        method,
-        bits,
-        errors,
-        [s.perplexity for s in scores],
-        [s.kl_mean or 0.0 for s in scores],
-        [s.kl_p99 or 0.0 for s in scores],
-        [s.top1 or 0.0 for s in scores],
-        seconds,
-    )
-
-
-def format_row(row: Row, base: float) -> str:
-    change = [100 * (p / base - 1) for p in row.perplexity]
-    return (
-        f"| {row.method} | {row.bits:.3f} | {statistics.mean(row.error):.5f} | {statistics.mean(change):+.2f} % "
-        f"| {statistics.mean(row.kl):.5f} ({min(row.kl):.5f}-{max(row.kl):.5f}) | {statistics.mean(row.kl_p99):.4f} "
-        f"| {statistics.mean(row.top1):.3f} | {row.seconds:.1f} |"
-    )
+def format_row(row: Row, texts: dict[str, dict[str, float]]) -> str:
+    cells = [row.method, f"{statistics.mean(row.bits):.3f}", f"{statistics.mean(row.ratio):.2f}x"]
+    cells.append(f"{statistics.mean(row.error):.5f}")
+    for text, base in texts.items():
+        score = row.scores[text]
+        kl = score["kl_mean"]
+        cells += [
+            f"{100 * (statistics.mean(score['perplexity']) / base['reference_perplexity'] - 1):+.2f} %",
+            f"{statistics.mean(kl):.5f} ± {statistics.mean(score['kl_stderr']):.5f} ({min(kl):.5f}-{max(kl):.5f})",
+            f"{statistics.mean(score['kl_p99']):.4f}",
+            f"{statistics.mean(score['top1']):.3f}",
+        ]
+    return "| " + " | ".join([*cells, f"{statistics.median(row.seconds):.1f}", row.note]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", required=True, help="GGUF file of the reference model")
-    parser.add_argument("--text", required=True, help="UTF-8 text file")
+    parser.add_argument(
+        "--text", required=True, nargs="+", type=pathlib.Path, help="UTF-8 text files; the first is the main one"
+    )
+    parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to measure, such as 'ours*' 'GPTQ*'")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bos", action="store_true", help="start each window with BOS, whatever the tokenizer does")
     parser.add_argument("--tokenizer", help="folder of a tokenizer to use instead of the GGUF's (Gemma before 5.20)")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=32, help="windows of each text")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--setting", nargs="+", default=SETTINGS, help="base+residual bits")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure the peers too")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file")
+    parser.add_argument("--calibration-windows", type=int, default=128, help="windows that calibrated peers read")
+    parser.add_argument("--seeds", type=int, default=3, help="number of rotation seeds of our rows")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file, after every row")
     args = parser.parse_args()
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -163,38 +208,59 @@ def main() -> None:
     model = model.eval().to(args.device)
     if args.tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    text = pathlib.Path(args.text).read_text(encoding="utf-8")
-    windows = text_windows(tokenizer, text, args.length, args.windows, bos=args.bos or None)
-    hardware = (
-        torch.cuda.get_device_name()
-        if args.device.startswith("cuda")
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{pathlib.Path(args.gguf).name} on {hardware}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-    floor = noise_floor(model, windows[: min(4, len(windows))], progress=False)
-    base = compare(model, {}, windows, progress=False)["reference"].perplexity
-    print(f"reference perplexity {base:.4f}; noise floor KL {floor.kl_mean:.1e}", flush=True)
-    print("| method | bits | rel. MSE | perplexity | KL (over seeds) | KL p99 | top-1 | seconds |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    results = []
-    for row in rows(model, windows, args.setting, args.seeds, args.peers):
-        print(format_row(row, base), flush=True)
-        results.append(dataclasses.asdict(row))
-    if args.out:
-        record = {
-            "command": " ".join(pathlib.Path(a).name if "/" in a else a for a in sys.argv),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "turboquant_weights": turboquant_weights.__version__,
-            "reference_perplexity": base,
-            "noise_floor_kl": floor.kl_mean,
-            "rows": results,
+    peers, ours = PEERS | llama_cpp_rows(args.gguf), our_rows(tokenizer)
+    chosen = [n for n in (*peers, *ours) if any(fnmatch.fnmatchcase(n, pattern) for pattern in args.rows)]
+    if args.list or not chosen:
+        print(*(chosen or (*peers, *ours)), sep="\n")
+        sys.exit(0 if chosen else f"no row matches {args.rows}; the rows are listed above")
+
+    texts = {
+        path.stem: text_windows(tokenizer, path.read_text(encoding="utf-8"), args.length, args.windows, bos=args.bos or None)
+        for path in args.text
+    }
+    calibration = text_windows(tokenizer, calibration_text(), args.length, args.calibration_windows, bos=args.bos or None)
+    on_gpu = args.device.startswith("cuda")
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    reference = Remembered(model)
+    bases = {
+        name: {
+            "windows": len(windows),
+            "length": windows.shape[1],
+            "reference_perplexity": evaluate(reference, windows, progress=False).perplexity,
+            "noise_floor_kl": noise_floor(model, windows[:4], progress=False).kl_mean,
         }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        for name, windows in texts.items()
+    }
+    record = {
+        "command": " ".join(pathlib.Path(a).name if "/" in a else a for a in sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "model": pathlib.Path(args.gguf).name,
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "turboquant_weights": turboquant_weights.__version__,
+        "texts": bases,
+        "rows": [],
+    }
+    print(f"{record['model']} on {hardware}, torch {torch.__version__}, transformers {transformers.__version__}")
+    for name, base in bases.items():
+        print(
+            f"{name}: reference perplexity {base['reference_perplexity']:.4f}; noise floor KL {base['noise_floor_kl']:.1e}"
+        )
+    heads = [f"{name}: perplexity | KL ± standard error (over seeds) | KL p99 | top-1" for name in texts]
+    print("| method | bits | ratio | rel. MSE |", " | ".join(heads), "| seconds | note |", flush=True)
+    print("|---" * (6 + 4 * len(texts)) + "|", flush=True)
+    for name in chosen:
+        if name in peers:
+            seeds, build = [0], lambda _, name=name: quantize_peer(model, peers[name], calibration)
+        else:
+            seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+            build = lambda seed, name=name: quantize_ours(model, *ours[name], seed)  # noqa: E731
+        row = measure(name, build, seeds, reference, texts)
+        print(format_row(row, bases), flush=True)
+        record["rows"].append(dataclasses.asdict(row))
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

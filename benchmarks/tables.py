@@ -1,4 +1,4 @@
-"""Prints the README's quality tables from the result files, so that no figure is typed by hand.
+"""Prints the README's tables from the result files, so that no figure is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -13,19 +13,29 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def quality_table(path: pathlib.Path) -> list[str]:
-    """Markdown lines of one result of quality.py."""
+    """Markdown lines of one result of quality.py: the main text in full, perplexity and KL of the others."""
     record = json.loads(path.read_text())
-    base = record["reference_perplexity"]
-    lines = ["| method | bits per weight | perplexity | KL, nats (range over seeds) | top-1 |", "|---|---|---|---|---|"]
+    main, *others = record["texts"]
+    heads = ["method", "bits per weight", "whole file", "perplexity", "KL, nats (range over seeds)", "top-1"]
+    for text in others:
+        heads += [f"{text}: perplexity", "KL"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in record["rows"]:
-        change = 100 * (statistics.mean(row["perplexity"]) / base - 1)
-        kl, digits = row["kl"], 4 if statistics.mean(row["kl"]) >= 0.01 else 5
-        spread = f" ({min(kl):.{digits}f}-{max(kl):.{digits}f})" if len(kl) > 1 else ""
-        lines.append(
-            f"| {row['method']} | {row['bits']:.3f} | {change:+.2f} % "
-            f"| {statistics.mean(kl):.{digits}f}{spread} | {statistics.mean(row['top1']):.3f} |"
-        )
+        cells = [row["method"], f"{statistics.mean(row['bits']):.3f}", f"{statistics.mean(row['ratio']):.2f}x"]
+        for text in (main, *others):
+            score, base = row["scores"][text], record["texts"][text]["reference_perplexity"]
+            cells.append(f"{100 * (statistics.mean(score['perplexity']) / base - 1):+.2f} %")
+            cells.append(_kl(score["kl_mean"], spread=text == main))
+            if text == main:
+                cells.append(f"{statistics.mean(score['top1']):.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _kl(values: list[float], spread: bool) -> str:
+    digits = 4 if statistics.mean(values) >= 0.01 else 5
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if spread and len(values) > 1 else "")
 
 
 def speed_table(path: pathlib.Path) -> list[str]:

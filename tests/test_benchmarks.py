@@ -1,0 +1,133 @@
+"""The benchmark's own parts: GPTQ, the merging of results, the second text, the tables."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    error = (weight - rounded).double()
+    return (error @ hessian.double() * error).sum().item()
+
+
+def test_gptq_without_correlation_is_rounding(benchmark) -> None:
+    gptq = benchmark("gptq")
+    torch.manual_seed(0)
+    weight = torch.randn(24, 96)
+    groups = weight.view(24, -1, 32)
+    rounded = gptq.round_to_grid(groups, *gptq.integer_grid(groups, 4, search=True), 4).view(24, 96)
+    hessian = torch.diag(torch.rand(96) + 0.1)
+    assert torch.allclose(gptq.quantize_weight(weight, hessian, 4, 32, search=True), rounded, atol=1e-6)
+
+
+def test_gptq_takes_nine_tenths_of_the_loss_of_rounding(benchmark) -> None:
+    gptq = benchmark("gptq")
+    torch.manual_seed(0)
+    weight = torch.randn(48, 256)
+    x = torch.randn(2000, 40) @ torch.randn(40, 256) + 0.1 * torch.randn(2000, 256)
+    x[:, 7] = 0  # a dead input
+    hessian = x.T @ x / len(x)
+    groups = weight.view(48, -1, 128)
+    nearest = gptq.round_to_grid(groups, *gptq.integer_grid(groups, 4, search=True), 4).view(48, 256)
+    fed_back = gptq.quantize_weight(weight, hessian, 4, 128, search=True)
+    assert loss(weight, fed_back, hessian) < 0.1 * loss(weight, nearest, hessian)
+    assert fed_back[:, 7].abs().max() == 0
+    # Nothing but 16 levels of the group's grid.
+    assert max(len(row.unique()) for row in fed_back.view(-1, 128)) <= 16
+
+
+def test_a_searched_grid_is_better_than_min_max(benchmark) -> None:
+    gptq = benchmark("gptq")
+    torch.manual_seed(0)
+    groups = torch.randn(200, 64)
+    error = [
+        (gptq.round_to_grid(groups, *gptq.integer_grid(groups, 4, search), 4) - groups).square().mean().item()
+        for search in (False, True)
+    ]
+    assert error[1] < 0.95 * error[0]
+
+
+def test_gptq_of_a_model_goes_layer_by_layer_on_quantized_inputs(benchmark) -> None:
+    """Every layer's Hessian comes from the inputs that the finished layers before it give."""
+    transformers = pytest.importorskip("transformers")
+    gptq = benchmark("gptq")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    original, windows = copy.deepcopy(model), torch.randint(0, 50, (16, 12))
+    gptq.quantize_blocks(model, names, windows, 4, 32, search=False)
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        inputs: list[Tensor] = []
+        hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        with torch.no_grad():
+            model(windows, use_cache=False)
+        hook.remove()
+        x = inputs[0].flatten(0, 1)
+        expected = gptq.quantize_weight(original.get_submodule(name).weight.detach(), x.T @ x / len(x), 4, 32, search=False)
+        assert (model.get_submodule(name).weight - expected).abs().max() < 1e-4, name
+
+
+def result(seeds: list[int], method: str = "ours 4") -> dict:
+    return {
+        "command": "quality.py",
+        "model": "m.gguf",
+        "hardware": "a",
+        "torch": "2",
+        "transformers": "5",
+        "turboquant_weights": "0",
+        "texts": {"t": {"windows": 1, "length": 8, "reference_perplexity": 20.0, "noise_floor_kl": 0.0}},
+        "rows": [
+            {
+                "method": method,
+                "note": "",
+                "seeds": seeds,
+                **{key: [float(s) for s in seeds] for key in ("bits", "bytes", "ratio", "error", "seconds")},
+                "scores": {"t": {"kl_mean": [float(s) for s in seeds]}},
+            }
+        ],
+    }
+
+
+def test_parts_are_merged_by_row_and_seed(benchmark) -> None:
+    merge = benchmark("merge_quality").merge
+    merged = merge([result([0, 1]), result([2]), result([0], "NF4")])
+    assert [(row["method"], row["seeds"]) for row in merged["rows"]] == [("ours 4", [0, 1, 2]), ("NF4", [0])]
+    assert merged["rows"][0]["scores"]["t"]["kl_mean"] == [0.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match="seeds"):
+        merge([result([0]), result([0])])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model", "n.gguf"), ("hardware", "b"), ("texts", {"t": {"windows": 2, "length": 8, "reference_perplexity": 20.0}})],
+)
+def test_parts_that_do_not_compare_are_refused(benchmark, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match="differ in"):
+        benchmark("merge_quality").merge([result([0]), result([1]) | {key: value}])
+
+
+def test_parts_of_two_machines_need_the_same_reference(benchmark) -> None:
+    merge = benchmark("merge_quality").merge
+    other = result([1]) | {"hardware": "b"}
+    merged = merge([result([0], "NF4"), other], allow_hardware=True)
+    assert [row["environment"].split(",")[0] for row in merged["rows"]] == ["hardware a", "hardware b"]
+    other["texts"]["t"]["reference_perplexity"] = 20.01
+    with pytest.raises(ValueError, match="perplexity"):
+        merge([result([0], "NF4"), other], allow_hardware=True)
