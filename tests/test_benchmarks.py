@@ -61,15 +61,21 @@ def test_a_searched_grid_is_better_than_min_max(benchmark) -> None:
     assert error[1] < 0.95 * error[0]
 
 
-def test_gptq_of_a_model_goes_layer_by_layer_on_quantized_inputs(benchmark) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_gptq_of_a_model_goes_layer_by_layer_on_quantized_inputs(benchmark, family: str) -> None:
     """Every layer's Hessian comes from the inputs that the finished layers before it give."""
     transformers = pytest.importorskip("transformers")
     gptq = benchmark("gptq")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    if family == "Llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    else:  # its blocks get other masks and position embeddings: local and global attention
+        layers = ["sliding_attention", "full_attention"]
+        config = transformers.Gemma3TextConfig(
+            **sizes, num_key_value_heads=1, head_dim=16, sliding_window=4, layer_types=layers
+        )
+        model = transformers.Gemma3ForCausalLM(config).eval()
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
     original, windows = copy.deepcopy(model), torch.randint(0, 50, (16, 12))
     gptq.quantize_blocks(model, names, windows, 4, 32, search=False)
@@ -131,3 +137,26 @@ def test_parts_of_two_machines_need_the_same_reference(benchmark) -> None:
     other["texts"]["t"]["reference_perplexity"] = 20.01
     with pytest.raises(ValueError, match="perplexity"):
         merge([result([0], "NF4"), other], allow_hardware=True)
+
+
+def test_the_remembered_reference_is_the_reference(benchmark) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    quality = benchmark("quality")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    reference, runs = quality.Remembered(model), []
+    model.model.register_forward_hook(lambda *_: runs.append(1))
+    first, second = torch.randint(0, 50, (2, 1, 9))
+    with torch.no_grad():
+        for window in (first, second, first, second):
+            expected = model(input_ids=window, use_cache=False).logits
+            before = len(runs)
+            assert torch.equal(reference(input_ids=window, use_cache=False).logits, expected)
+            runs[before:] = ["reference"] * (len(runs) - before)
+    assert runs.count("reference") == 2  # the decoder ran once per window
+    gemma = transformers.Gemma2Config(**sizes, num_key_value_heads=2, head_dim=16, final_logit_softcapping=5.0)
+    capped = quality.Remembered(transformers.Gemma2ForCausalLM(gemma).eval())
+    with torch.no_grad(), pytest.raises(SystemExit, match="after the output head"):
+        capped(input_ids=first, use_cache=False)
