@@ -87,10 +87,11 @@ def quantize_blocks(model: nn.Module, names: list[str], windows: Tensor, bits: i
         waiting = [name for name in names if name.startswith(prefix)]
         while waiting:
             layers, hessian = _next_hessian(block, kwargs, hidden, {name: model.get_submodule(name) for name in waiting})
-            for name in layers:
-                weight = model.get_submodule(name).weight
-                size = min(group, weight.shape[1] & -weight.shape[1])
-                weight.copy_(quantize_weight(weight, hessian, bits, size, search))
+            weights = [model.get_submodule(name).weight for name in layers]
+            columns = len(hessian)
+            rounded = quantize_weight(torch.cat(weights), hessian, bits, min(group, columns & -columns), search)
+            for weight, new in zip(weights, rounded.split([len(weight) for weight in weights]), strict=True):
+                weight.copy_(new)
             waiting = [name for name in waiting if name not in layers]
         for i, batch in enumerate(hidden):
             hidden[i] = _output(block(batch, **kwargs))
