@@ -83,6 +83,17 @@ def test_info_of_a_good_checkpoint(tmp_path, bits, residual_bits, sharded):
     assert not info.has_manifest
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_info_of_a_mixed_checkpoint(tmp_path, sharded):
+    info = validate(tiny_checkpoint.write(tmp_path, sharded=sharded, mixed=True))
+    assert info.config == tiny_checkpoint.config(mixed=True)
+    assert {layer.name: layer.label for layer in info.layers} == {"model.attn": "4+2", "model.mlp": "3+1"}
+    write_manifest(tmp_path)
+    verify(tmp_path)
+    edit_json(tmp_path / "config.json", lambda c: c["quantization_config"].pop("layer_bits"))
+    rejects(tmp_path, "model.mlp.codes", "with 4+2 bits")
+
+
 def test_header_offsets_are_where_the_bytes_are(folder):
     data = (folder / SINGLE).read_bytes()
     tensors = load_file(folder / SINGLE)
@@ -211,6 +222,11 @@ def test_not_a_folder(tmp_path):
         (lambda c: c["quantization_config"].update(skip=None), ("skip is null",)),
         (lambda c: c["quantization_config"].update(skip=7), ("skip is 7",)),
         (lambda c: c["quantization_config"].update(skip=["model.attn"]), ("'model.attn'", "one or the other")),
+        (
+            lambda c: c["quantization_config"].update(layer_bits={"model.mlp": [5, 0]}),
+            ("layer_bits['model.mlp']: bits is 5",),
+        ),
+        (lambda c: c["quantization_config"].update(layer_bits={"model.*": [4, 2]}), ("'model.*'", "only exact names")),
         (lambda c: c["quantization_config"].update(source=[1]), ("source",)),
         *(
             (lambda c, key=key: c["quantization_config"].pop(key), (f"no {key!r}",))

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from turboquant_weights import FormatError
 from turboquant_weights.checkpoint import validate, verify, write_manifest
 
-CASES = 1500  # for each of the four kinds of folder
+CASES = 1000  # for each of the eight kinds of folder
 SECONDS, BYTES = 2.0, 8 << 20  # allowed per case
 ODD = [
     None, True, False, 0, 1, -1, 3, 4, 31, 2**31, 2**63, 2**64, 10**400, 0.5, math.nan, math.inf, -math.inf, "", "4", "U8",
@@ -128,15 +128,19 @@ def assert_intact(folder, info):
                 for key in file.keys():  # noqa: SIM118
                     assert key not in found
                     found[key] = file.get_slice(key)
-    widths = {"codes": config["bits"], "residual": config["residual_bits"]}
-    layers = {key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in (*widths, "scales", "exponents")}
+    planes = ("codes", "residual", "scales", "exponents")
+    layers = {key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in planes}
+    layer_bits = config.get("layer_bits") or {}
+    assert set(layer_bits) <= layers
     assert sorted(layers) == [layer.name for layer in info.layers] != []
     for layer in layers:
         assert layer not in config["skip"]
+        bits, residual_bits = layer_bits.get(layer, (config["bits"], config["residual_bits"]))
+        widths = {"codes": bits, "residual": residual_bits}
         rows, blocks = found[f"{layer}.scales"].get_shape()
         expected = {"scales": ("U8", [rows, blocks]), "exponents": ("I8", [rows])}
         expected |= {plane: ("U8", [rows, blocks * 32 * width // 8]) for plane, width in widths.items() if width}
-        for plane in ("codes", "residual", "scales", "exponents"):
+        for plane in planes:
             tensor = found.get(f"{layer}.{plane}")
             assert (tensor and (tensor.get_dtype(), tensor.get_shape())) == expected.get(plane)
 
@@ -150,7 +154,7 @@ def put(path, data):
         stream.truncate()
 
 
-def run_case(folder, saved, manifest, rng):
+def run_case(folder, saved, manifest, mixed, rng):
     """Damages one or two files, checks the verdict, repairs them. Returns whether the folder was accepted."""
     names = rng.sample(sorted(saved), rng.choice([1, 1, 1, 2]))
     for name in names:
@@ -171,7 +175,7 @@ def run_case(folder, saved, manifest, rng):
         assert_intact(folder, info)
         changed = {name for name in saved if not (folder / name).is_file() or (folder / name).read_bytes() != saved[name]}
         if manifest and info.has_manifest:
-            assert info.config == tiny_checkpoint.config()
+            assert info.config == tiny_checkpoint.config(mixed=mixed)
             for name in changed & {name for name in saved if name.endswith(".safetensors")}:
                 assert header_of((folder / name).read_bytes())[0] == header_of(saved[name])[0]
             listed = set(json.loads((folder / "turboquant_weights.json").read_bytes())["files"])
@@ -186,23 +190,24 @@ def run_case(folder, saved, manifest, rng):
             put(folder / name, saved[name])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("manifest", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_damaged_checkpoints_are_rejected_or_intact(tmp_path, sharded, manifest):
-    folder = tiny_checkpoint.write(tmp_path, sharded=sharded)
+def test_damaged_checkpoints_are_rejected_or_intact(tmp_path, sharded, manifest, mixed):
+    folder = tiny_checkpoint.write(tmp_path, sharded=sharded, mixed=mixed)
     if manifest:
         write_manifest(folder)
     saved = {path.name: path.read_bytes() for path in folder.iterdir()}
     validate(folder)
     rejected = 0
     for case in range(CASES):
-        rng = random.Random(f"{sharded} {manifest} {case}")
+        rng = random.Random(f"{sharded} {manifest} {mixed} {case}")
         traced = case % 4 == 0  # tracing memory is slow
         if traced:
             tracemalloc.start()
         start = time.perf_counter()
         try:
-            rejected += not run_case(folder, saved, manifest, rng)
+            rejected += not run_case(folder, saved, manifest, mixed, rng)
             assert time.perf_counter() - start < SECONDS
             assert not traced or tracemalloc.get_traced_memory()[1] < BYTES
         except Exception as error:

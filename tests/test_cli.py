@@ -81,6 +81,25 @@ def test_quantize_prints_what_it_did(cli, dense, tmp_path):
     assert f"turboquant_weights.load('{tmp_path / 'out'}')" in out
 
 
+def test_bits_per_layer(cli, dense, tmp_path):
+    mixed = ["--layer-bits", "*.1.*.down_proj=4+2", "--layer-bits", "*.down_proj=3"]
+    code, _, err = cli("quantize", dense, tmp_path / "out", "--bits", 2, *mixed)
+    assert code == 0, err
+    code, out, _ = cli("inspect", tmp_path / "out", "--json")
+    labels = {layer["name"]: layer["label"] for layer in json.loads(out)["layers"]}
+    assert labels.pop("model.layers.1.mlp.down_proj") == "4+2"
+    assert labels.pop("model.layers.0.mlp.down_proj") == "3"
+    assert set(labels.values()) == {"2"}
+    for wrong, message in (
+        ("down_proj", "PATTERN=BITS is needed"),
+        ("*.x=5", "bits is 5"),
+        ("*.x=4", "matches no linear layer"),
+    ):
+        code, _, err = cli("quantize", dense, tmp_path / "no", "--layer-bits", wrong)
+        assert (code, message in err) == (1, True), err
+    assert not (tmp_path / "no").exists()
+
+
 def test_inspect_and_verify(cli, checkpoint):
     code, out, _ = cli("inspect", checkpoint)
     assert code == 0

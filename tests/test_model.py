@@ -75,6 +75,47 @@ def test_skip_patterns():
     assert report.config.skip == ("2", "3")
 
 
+def test_bits_per_layer():
+    model = stack()
+    config = TurboQuantConfig(bits=3, layer_bits={"3": (2, 0), "[23]": (4, 2)})
+    report = quantize_model(model, config, progress=False)
+    assert [layer.label for layer in report.layers] == ["3", "4+2", "2"]
+    assert [model[i].bits for i in (0, 2, 3)] == [3, 4, 2]
+    assert model[2].residual_bits == 2
+    assert report.config.layer_bits == {"2": (4, 2), "3": (2, 0)}
+    assert report.config.skip == ()
+    assert "3 layers at mixed bits" in str(report)
+
+
+def test_layer_bits_quantize_an_untied_head_by_its_name_only():
+    model = llama()
+    report = quantize_model(model, TurboQuantConfig(layer_bits={"lm_head": (4, 4)}), progress=False)
+    assert report.skipped == {}
+    assert model.lm_head.residual_bits == 4
+    assert list(quantize_model(llama(), TurboQuantConfig(layer_bits={"*": (4, 4)}), progress=False).skipped) == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "message"),
+    [
+        (
+            llama,
+            {"layer_bits": {"*.nothing": (4, 1)}},
+            r"'\*.nothing' matches no linear layer of LlamaForCausalLM: .*q_proj",
+        ),
+        (
+            lambda: llama(tie_word_embeddings=True),
+            {"layer_bits": {"lm_head": (4, 1)}},
+            "shares its weight with an embedding",
+        ),
+        (llama, {"skip": ("lm_head",), "layer_bits": {"lm_head": (4, 1)}}, "matches skip pattern 'lm_head'"),
+    ],
+)
+def test_layer_bits_that_would_do_nothing_are_an_error(build, config, message):
+    with pytest.raises(ConfigError, match=message):
+        quantize_model(build(), TurboQuantConfig(**config), progress=False)
+
+
 def test_the_argument_overrides_the_config_and_an_empty_list_skips_nothing():
     model = llama()
     report = quantize_model(model, TurboQuantConfig(skip=("*.q_proj",)), skip=[], progress=False)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -295,11 +296,61 @@ def test_a_changed_model_is_saved_as_it_is(checkpoint, tmp_path, change, way):
     assert model.config.quantization_config == again.config.quantization_config
 
 
-def test_layers_of_different_settings_are_not_saved(checkpoint, tmp_path):
+MIXED = tq.TurboQuantConfig(layer_bits={"*.0.*proj": (4, 2), "*.1.*": (3, 1)})
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "auto"}], ids=str)
+def test_bits_per_layer(dense, tmp_path, options, log):
+    """On the fly and in place, saved and loaded, with the base planes alone and the body alone."""
+    loaded = _dense_model(dense, quantization_config=MIXED, **options)
+    reference = _dense_model(dense)
+    report = tq.quantize_model(reference, MIXED, progress=False)
+    assert_same_bits(loaded, reference)
+    config = reference.config.quantization_config
+    assert loaded.config.quantization_config == config
+    labels = {layer.name: layer.label for layer in report.layers}
+    assert {"4+2", "3+1"} <= set(labels.values()) <= {"4", "4+2", "3+1"}
+    assert {name: config.for_layer(name).label for name in labels} == labels
+    assert 0 < len(config.layer_bits) < len(labels)
+    tq.save(loaded, tmp_path / "m")
+    stored = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert stored["layer_bits"] == {name: list(bits) for name, bits in config.layer_bits.items()}
+    assert tq.TurboQuantConfig.from_dict(stored) == config
+    log.clear()
+    again = tq.load(tmp_path / "m", **options)
+    assert_same_bits(loaded, again)
+    assert again.config.quantization_config == config
+    base = tq.load(tmp_path / "m", base_only=True)
+    assert {(layer.bits, layer.residual_bits) for layer in _layers(base).values()} == {(4, 0), (3, 0)}
+    tq.save(base, tmp_path / "base")
+    assert_same_bits(base, tq.load(tmp_path / "base"))
+    assert "UNEXPECTED" not in log.text
+    body = transformers.AutoModel.from_pretrained(tmp_path / "m")
+    assert sorted(layer.bits for layer in _layers(body).values()) == sorted(layer.bits for layer in _layers(base).values())
+    assert re.search(r"3\+1 in \d layers", (tmp_path / "m" / "README.md").read_text())
+
+
+def test_a_bits_pattern_without_a_layer_is_an_error(dense):
+    for pattern, message in (("nothing", "matches no linear layer"), ("lm_hea?", "not quantized .output head|shares its")):
+        with pytest.raises(tq.ConfigError, match=message):
+            _dense_model(dense, quantization_config=tq.TurboQuantConfig(layer_bits={pattern: (4, 1)}))
+
+
+def test_layers_may_be_changed_one_by_one(checkpoint, tmp_path):
+    model = tq.load(checkpoint)
+    _, second, *_ = _layers(model)
+    model.get_submodule(second).base_only_()
+    tq.save(model, tmp_path / "out")
+    again = tq.load(tmp_path / "out")
+    assert again.config.quantization_config.layer_bits == {second: (4, 0)}
+    assert_same_bits(model, again)
+
+
+def test_layers_of_different_seeds_are_not_saved(checkpoint, tmp_path):
     model = tq.load(checkpoint)
     first, second, *_ = _layers(model)
-    model.get_submodule(second).base_only_()
-    with pytest.raises(tq.ConfigError, match=f"residual_bits is 2 in {first}, but 0 in {second}"):
+    model.get_submodule(second).seed = 9
+    with pytest.raises(tq.ConfigError, match=f"seed is 0 in {first}, but 9 in {second}"):
         tq.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -432,7 +483,16 @@ def _edit_config(folder, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"residual_bits": 0}, {"residual_bits": 3}, {"bits": 3}, {"skip": None}, {"skip": []}, {"skip": ["lm_head", LAYER]}],
+    [
+        {"residual_bits": 0},
+        {"residual_bits": 3},
+        {"bits": 3},
+        {"layer_bits": {LAYER: [4, 0]}},
+        {"layer_bits": {LAYER: [4, 3]}},
+        {"skip": None},
+        {"skip": []},
+        {"skip": ["lm_head", LAYER]},
+    ],
     ids=str,
 )
 def test_config_that_contradicts_the_files_is_an_error(copy, changes):

@@ -30,11 +30,15 @@ def planes(rows, columns, bits, residual_bits):
     )
 
 
-def tensors(bits=4, residual_bits=2):
+MIXED = {"model.mlp": (3, 1)}  # layer_bits of a mixed checkpoint
+
+
+def tensors(bits=4, residual_bits=2, mixed=False):
     """Two layers (one with bias and tripwire), an embedding and a norm."""
     out = {}
     for layer, (rows, columns) in {"model.attn": (3, 64), "model.mlp": (5, 32)}.items():
-        for plane, tensor in planes(rows, columns, bits, residual_bits)._asdict().items():
+        own = MIXED.get(layer, (bits, residual_bits)) if mixed else (bits, residual_bits)
+        for plane, tensor in planes(rows, columns, *own)._asdict().items():
             if tensor is not None:
                 out[f"{layer}.{plane}"] = tensor
     out["model.attn.weight"] = torch.empty(0)
@@ -44,17 +48,18 @@ def tensors(bits=4, residual_bits=2):
     return out
 
 
-def config(bits=4, residual_bits=2):
-    return TurboQuantConfig(bits=bits, residual_bits=residual_bits, seed=5, skip=("lm_head",), source={"model": "tiny"})
+def config(bits=4, residual_bits=2, mixed=False):
+    settings = dict(bits=bits, residual_bits=residual_bits, layer_bits=MIXED if mixed else None)
+    return TurboQuantConfig(**settings, seed=5, skip=("lm_head",), source={"model": "tiny"})
 
 
-def write(folder, bits=4, residual_bits=2, sharded=False):
+def write(folder, bits=4, residual_bits=2, sharded=False, mixed=False):
     """Writes the folder with safetensors alone; returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"architectures": ["TinyModel"], "quantization_config": config(bits, residual_bits).to_dict()}
+    content = {"architectures": ["TinyModel"], "quantization_config": config(bits, residual_bits, mixed).to_dict()}
     (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    everything = tensors(bits, residual_bits)
+    everything = tensors(bits, residual_bits, mixed)
     if not sharded:
         save_file(everything, folder / "model.safetensors", metadata={"format": "pt"})
         return folder

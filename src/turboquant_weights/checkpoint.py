@@ -320,6 +320,12 @@ def _sort_tensors(
             raise FormatError(
                 f"{short(name)}: a quantized layer has no such tensor: allowed are {', '.join(PLANES)} and bias"
             )
+    for name in config.layer_bits or ():
+        if name not in quantized:
+            raise FormatError(
+                f"{CONFIG_FILE}: layer_bits has {short(name)}, but the checkpoint holds no quantized layer of that name: "
+                "only exact names of quantized layers are allowed"
+            )
     layers = tuple(_check_layer(name, parts, config) for name, parts in sorted(quantized.items()))
     return layers, tuple(others)
 
@@ -344,6 +350,7 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
         raise FormatError(
             f"{short(name + '.scales')} is {shape_text}: it must be a uint8 matrix [out_features, columns / 32]"
         )
+    config = config.for_layer(name)
     rows, columns = scales.shape[0], scales.shape[1] * SCALE_BLOCK
     expected = {
         plane: ((shape, _DTYPE_NAMES[dtype]))

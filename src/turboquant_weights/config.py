@@ -5,8 +5,11 @@ Letters used throughout the package: ``m`` tokens, ``n`` out_features, ``k`` in_
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import fnmatch
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import ConfigError
@@ -17,6 +20,36 @@ MAX_SEED = 2**32 - 1
 BASE_BITS = (2, 3, 4)
 RESIDUAL_BITS = (0, 1, 2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
+_GLOB = frozenset("*?[")
+
+
+class BitsByName(Mapping[str, tuple[int, int]]):
+    """An immutable, hashable mapping from names or glob patterns (``fnmatch``) to ``(bits, residual_bits)``, in order."""
+
+    def __init__(self, bits: Mapping[str, tuple[int, int]]) -> None:
+        self._bits = dict(bits)
+        self._globs = [name for name in self._bits if not _GLOB.isdisjoint(name)]  # a checkpoint has none, and many names
+
+    def __getitem__(self, name: str) -> tuple[int, int]:
+        return self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._bits.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._bits)
+
+    def pattern_for(self, name: str) -> str | None:
+        """The key that decides about ``name``: the name itself, else the first pattern that matches it."""
+        if name in self._bits:
+            return name
+        return next((pattern for pattern in self._globs if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +65,9 @@ class TurboQuantConfig:
         skip: Glob patterns (``fnmatch``) of module names that stay as they are, e.g. ``("lm_head", "*.router")``.
             In a saved checkpoint these are the exact names of the layers that were left alone. ``None`` means the
             default: the output head and whatever shares its weight.
+        layer_bits: Layers that get other bits: glob pattern -> ``(bits, residual_bits)``, e.g. ``{"*.down_proj": (4, 2)}``.
+            A layer's own name comes before patterns, among those the first match wins; a layer that nothing matches has
+            ``bits`` and ``residual_bits``. In a saved checkpoint: exact names of the layers that differ.
         source: Provenance written by this package into checkpoints (model, revision, package version). Not an input
             of the algorithm.
         format_version: Version of FORMAT.md. This package reads and writes version 1.
@@ -45,6 +81,7 @@ class TurboQuantConfig:
     group_size: int = 128
     seed: int = 0
     skip: tuple[str, ...] | None = None
+    layer_bits: Mapping[str, tuple[int, int]] | None = None
     source: dict[str, str] | None = dataclasses.field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     # A class attribute, not a field: Transformers dispatches on it and nobody may change it.
@@ -65,6 +102,7 @@ class TurboQuantConfig:
             if not isinstance(self.skip, (list, tuple)) or not all(isinstance(p, str) for p in self.skip):
                 raise ConfigError(f"skip is {self.skip!r}: it must be a list of glob patterns such as ['lm_head']")
             object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "layer_bits", _bits_by_name("layer_bits", self.layer_bits, "*.down_proj"))
         if self.source is not None and not (
             isinstance(self.source, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.source.items())
         ):
@@ -77,15 +115,46 @@ class TurboQuantConfig:
 
     @property
     def label(self) -> str:
-        """Short name in tables: ``4``, ``4+2``."""
+        """Short name in tables: ``4``, ``4+2``, or ``mixed`` if the bits depend on the layer."""
+        if self.layer_bits:
+            return "mixed"
         return f"{self.bits}+{self.residual_bits}" if self.residual_bits else str(self.bits)
+
+    def for_layer(self, name: str) -> TurboQuantConfig:
+        """The config of the linear layer ``name`` alone: its own bits, and none by name."""
+        if self.layer_bits is None:
+            return self
+        assert isinstance(self.layer_bits, BitsByName)
+        pattern = self.layer_bits.pattern_for(name)
+        bits, residual_bits = (self.bits, self.residual_bits) if pattern is None else self.layer_bits[pattern]
+        return dataclasses.replace(self, bits=bits, residual_bits=residual_bits, layer_bits=None)
+
+    def exact(self, layers: Iterable[str], skip: Iterable[str]) -> TurboQuantConfig:
+        """As a checkpoint stores it: patterns resolved to the names of the quantized ``layers`` and the skipped ones.
+
+        If no layer has ``bits`` and ``residual_bits``, those become what most layers have.
+        """
+        own = {name: (config.bits, config.residual_bits) for name in layers for config in [self.for_layer(name)]}
+        default = (self.bits, self.residual_bits)
+        if own and default not in own.values():
+            default = collections.Counter(own.values()).most_common(1)[0][0]
+        layer_bits = {name: own[name] for name in sorted(own) if own[name] != default}
+        return dataclasses.replace(self, bits=default[0], residual_bits=default[1], skip=tuple(skip), layer_bits=layer_bits)
+
+    def base_only(self) -> TurboQuantConfig:
+        """The same without any residual plane."""
+        layer_bits = {name: (bits, 0) for name, (bits, _) in (self.layer_bits or {}).items()}
+        return dataclasses.replace(self, residual_bits=0, layer_bits=layer_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dictionary, as stored under ``quantization_config`` in ``config.json``."""
         out: dict[str, Any] = {"quant_method": QUANT_METHOD}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            out[field.name] = list(value) if isinstance(value, tuple) else value
+            if isinstance(value, BitsByName):
+                out[field.name] = {name: list(bits) for name, bits in value.items()}
+            elif field.name != "layer_bits":  # absent is how a checkpoint says "none"
+                out[field.name] = list(value) if isinstance(value, tuple) else value
         return out
 
     @classmethod
@@ -116,3 +185,19 @@ class TurboQuantConfig:
 def _require_member(name: str, value: object, allowed: tuple[int, ...]) -> None:
     if type(value) is not int or value not in allowed:
         raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}")
+
+
+def _bits_by_name(field: str, value: object, example: str) -> BitsByName | None:
+    """Checked and frozen; None for an empty one."""
+    if value is None or isinstance(value, BitsByName):
+        return value or None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{field} is {value!r}: it must map names to (bits, residual_bits), e.g. {{{example!r}: (4, 2)}}")
+    out = {}
+    for name, pair in value.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ConfigError(f"{field}[{name!r}] is {pair!r}: it must be (bits, residual_bits), e.g. (4, 2)")
+        _require_member(f"{field}[{name!r}]: bits", pair[0], BASE_BITS)
+        _require_member(f"{field}[{name!r}]: residual_bits", pair[1], RESIDUAL_BITS)
+        out[name] = (pair[0], pair[1])
+    return BitsByName(out) if out else None

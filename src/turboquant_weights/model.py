@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from .linear import TurboQuantLinear, dense_weight, is_linear
 
 # Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
 _DENSE_BYTES = 2
+_HEAD = "output head; quantize it with skip=[], or by its name in layer_bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +114,17 @@ class QuantizationReport:
 on_quantized: list[Callable[[nn.Module, TurboQuantConfig], None]] = []
 
 
-def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[list[str], dict[str, str]]:
+def plan_layers(
+    model: nn.Module, skip: Sequence[str] | None = None, layer_bits: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Which linear layers to quantize, and which not and why. Needs no weights: works on the meta device.
 
-    ``skip``: glob patterns of module names; None skips the output head and layers that share their weight with another
-    kind of module (tied embeddings), because quantizing those would untie them. A module that occurs under several names
-    is planned once, under the first.
+    ``skip``: glob patterns of module names; None skips the output head, unless ``layer_bits`` has its exact name, and layers
+    that share their weight with another kind of module (tied embeddings), because quantizing those would untie them. A
+    module that occurs under several names is planned once, under the first.
 
     Raises:
-        ConfigError: a pattern matches no linear layer.
+        ConfigError: a pattern of ``skip`` matches no linear layer, or one of ``layer_bits`` none that is quantized.
     """
     if isinstance(skip, str):
         raise ConfigError(f"skip is {skip!r}: it must be a list of glob patterns such as ['lm_head']")
@@ -129,6 +132,9 @@ def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[li
     skipped: dict[str, str] = {}
     if skip is None:
         skipped = _default_skips(model, {name: module for name, module in linears.items() if is_linear(module)})
+        for name in layer_bits or ():
+            if skipped.get(name) == _HEAD:
+                del skipped[name]
     for pattern in skip or ():
         matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
         if not matches:
@@ -141,12 +147,29 @@ def plan_layers(model: nn.Module, skip: Sequence[str] | None = None) -> tuple[li
         if not is_linear(module):
             skipped[name] = f"a {type(module).__name__}, which may compute something else than nn.Linear"
     targets = [name for name in linears if name not in skipped]
+    for pattern in layer_bits or ():
+        _check_bits_pattern(model, pattern, targets, skipped)
     if "" in targets:
         raise QuantizationError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: "
             "use TurboQuantLinear.from_linear(model, config)"
         )
     return targets, {name: skipped[name] for name in linears if name in skipped}
+
+
+def _check_bits_pattern(model: nn.Module, pattern: str, targets: list[str], skipped: dict[str, str]) -> None:
+    if pattern in targets or any(fnmatch.fnmatchcase(name, pattern) for name in targets):
+        return
+    left_alone = next((name for name in skipped if name == pattern or fnmatch.fnmatchcase(name, pattern)), None)
+    if left_alone is not None:
+        raise ConfigError(
+            f"layer_bits has {pattern!r}, but {left_alone} is not quantized ({skipped[left_alone]}): "
+            "remove it from layer_bits, or give skip without it"
+        )
+    raise ConfigError(
+        f"layer_bits pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like "
+        + ", ".join(targets[:3])
+    )
 
 
 def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
@@ -166,7 +189,7 @@ def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
         if id(module.weight) in users or f"{name}.weight" in declared:
             skipped[name] = "shares its weight with an embedding"
         elif module is head:
-            skipped[name] = "output head; quantize it with skip=[]"
+            skipped[name] = _HEAD
     return skipped
 
 
@@ -221,14 +244,14 @@ def quantize_model(
     config = config or TurboQuantConfig()
     if any(isinstance(module, TurboQuantLinear) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
-    targets, skipped = plan_layers(model, config.skip if skip is None else skip)
+    targets, skipped = plan_layers(model, config.skip if skip is None else skip, config.layer_bits)
     if not targets:
         raise QuantizationError(
             f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
         )
     for name in targets:  # before anything is replaced
         reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
-    config = dataclasses.replace(config, skip=tuple(name for name in skipped if is_linear(model.get_submodule(name))))
+    config = config.exact(targets, (name for name in skipped if is_linear(model.get_submodule(name))))
     weights = [id(model.get_submodule(name).weight) for name in targets]
     shared = {weight for weight in weights if weights.count(weight) > 1} if len(set(weights)) < len(weights) else set()
     done: dict[int, tuple[object, TurboQuantLinear]] = {}  # of shared weights only; keeps the weight, so its id, alive
@@ -238,15 +261,15 @@ def quantize_model(
         old = model.get_submodule(name)
         tied = done.get(id(old.weight))
         if tied is None:
-            new = TurboQuantLinear.from_linear(old, config, name=name)
+            new = TurboQuantLinear.from_linear(old, config.for_layer(name), name=name)
             if id(old.weight) in shared:
                 done[id(old.weight)] = (old.weight, new)
         else:  # linear layers tied to each other stay tied: one set of planes
             bias = old.bias if isinstance(old.bias, nn.Parameter) else None
-            new = TurboQuantLinear.from_packed(tied[1].packed, tied[1].in_features, bias, config)
+            new = TurboQuantLinear.from_packed(tied[1].packed, tied[1].in_features, bias, config.for_layer(name))
             new.quantization_error = tied[1].quantization_error
         replace_module(model, name, new)
-        layers.append(_layer_report(name, config, new, tied is not None, time.perf_counter() - layer_start))
+        layers.append(_layer_report(name, config.for_layer(name), new, tied is not None, time.perf_counter() - layer_start))
         del old
     quantized = {id(p) for m in model.modules() if isinstance(m, TurboQuantLinear) for p in m.parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in quantized) * _DENSE_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,13 @@ def quantize(
     residual_bits: Annotated[
         int, typer.Option(min=0, max=4, help="Bits of the residual plane; 4 with --bits 4 costs next to nothing.")
     ] = 0,
+    layer_bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=BITS: layers that get other bits, e.g. '*.down_proj=4+2'; repeatable, the first match wins.",
+            show_default=False,
+        ),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns that one rotation mixes: 32, 64 or 128.")] = 128,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the rotation's signs.")] = 0,
     skip: Annotated[
@@ -77,7 +85,8 @@ def quantize(
 
     Needs no text and no GPU. The tokenizer is saved too. If anything fails, or on Ctrl-C, OUT stays as it was.
     """
-    config = TurboQuantConfig(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    by_name = dict(_name_and_bits(text) for text in layer_bits or ())
+    config = TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name)
     if (
         not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir()))
     ):  # save() decides; this saves the work
@@ -196,6 +205,14 @@ def generate(
         _print_json({"model": model, "prompt": prompt, "text": text})
     else:
         print(prompt + text)
+
+
+def _name_and_bits(text: str) -> tuple[str, tuple[int, int]]:
+    """``PATTERN=4+2`` as the config has it."""
+    found = re.fullmatch(r"(.+)=(\d)(?:\+(\d))?", text)
+    if found is None:
+        raise ConfigError(f"--layer-bits is {text!r}: PATTERN=BITS is needed, e.g. '*.down_proj=4+2'")
+    return found[1], (int(found[2]), int(found[3] or 0))
 
 
 def _read_text(path: Path) -> str:

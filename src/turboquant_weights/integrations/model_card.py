@@ -33,14 +33,13 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 | | |
 |---|---|
-| base plane | {config.bits} bits |
-| residual plane | {residual} |
+| bits (base plane + residual plane) | {bits} |
 | columns per rotation | up to {config.group_size} |
 | seed | {config.seed} |
 | linear layers left as they were | {skipped} |
 {provenance}"""
 
-_BASE_ONLY = "\n`turboquant_weights.load(folder, base_only=True)` loads the {bits}-bit base plane alone."
+_BASE_ONLY = "\n`turboquant_weights.load(folder, base_only=True)` loads the base planes alone."
 
 
 def model_card(title: str, config: TurboQuantConfig) -> str:
@@ -55,8 +54,19 @@ def model_card(title: str, config: TurboQuantConfig) -> str:
         label=config.label,
         front=front,
         config=config,
-        residual=f"{config.residual_bits} bits" if config.residual_bits else "none",
-        base_only=_BASE_ONLY.format(bits=config.bits) if config.residual_bits else "",
+        bits=_bits(config),
+        base_only=_BASE_ONLY if any(residual for _, residual in _pairs(config)) else "",
         skipped=", ".join(f"`{name}`" for name in config.skip or ()) or "none",
         provenance="".join(f"| {key} | `{value}` |\n" for key, value in source.items()),
     )
+
+
+def _pairs(config: TurboQuantConfig) -> list[tuple[int, int]]:
+    return [(config.bits, config.residual_bits), *(config.layer_bits or {}).values()]
+
+
+def _bits(config: TurboQuantConfig) -> str:
+    """``4+2``, or what most layers have and how many differ."""
+    default, *others = [f"{bits}+{residual}" if residual else str(bits) for bits, residual in _pairs(config)]
+    counts = "; ".join(f"{label} in {others.count(label)} layers" for label in sorted(set(others)))
+    return f"{default}; {counts}" if counts else default

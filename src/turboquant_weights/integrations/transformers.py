@@ -24,7 +24,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self._loading: tuple[Any, list[str]] | None = None
         self._stored_config = quantization_config
         if self.drops_residual:
-            self.quantization_config = dataclasses.replace(quantization_config, residual_bits=0)
+            self.quantization_config = quantization_config.base_only()
 
     # -- what Transformers asks
 
@@ -155,7 +155,8 @@ class TurboQuantHfQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element, so that ``device_map="auto"`` plans with the quantized size."""
         if self.param_needs_quantization(model, param_name):
-            return (self.quantization_config.total_bits + 0.25) / 8  # a scale byte per 32 columns is 0.25 bit
+            config = self.quantization_config.for_layer(param_name.rpartition(".")[0])
+            return (config.total_bits + 0.25) / 8  # a scale byte per 32 columns is 0.25 bit
         return param.element_size()
 
     def get_quantize_ops(self) -> QuantizeLinear:
@@ -193,7 +194,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
                     logger.warning(f"{name} stays dense ({size / 1e6:.1f} MB in bf16): it belongs to no linear layer")
             skipped = {*self._skipped, *self.pending}
             order = tuple(name for name, module in model.named_modules() if name in skipped and is_linear(module))
-            config = dataclasses.replace(config, skip=order, source=_provenance(model))
+            config = dataclasses.replace(config.exact(_layers(model), order), source=_provenance(model))
             self.pending = {}
             self.pre_quantized = True
         self.quantization_config = config
@@ -221,7 +222,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
     # -- on the fly
 
     def _plan(self, model: Any) -> None:
-        targets, skipped = walker.plan_layers(model, self.quantization_config.skip)
+        targets, skipped = walker.plan_layers(model, self.quantization_config.skip, self.quantization_config.layer_bits)
         if not targets:
             raise QuantizationError(
                 f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
@@ -255,7 +256,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         assert isinstance(placeholder, Tensor)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         try:
-            layer = TurboQuantLinear.from_linear(dense, self.quantization_config, name=name)
+            layer = TurboQuantLinear.from_linear(dense, self.quantization_config.for_layer(name), name=name)
         except TurboQuantError as error:
             self._failure = error
             return {}
@@ -272,16 +273,25 @@ class TurboQuantHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.skip is None:
             raise FormatError("config.json: skip is null: a checkpoint must list the linear layers that are not quantized")
-        # The same layers are named with or without this prefix when only the body, or a body with a new head, is loaded.
-        prefix = f"{model.base_model_prefix}."
-        skip = {*config.skip, *(prefix + name for name in config.skip), *(name.removeprefix(prefix) for name in config.skip)}
+        skip = set(_with_and_without_prefix(model, config.skip))
+        layer_bits = _with_and_without_prefix(model, config.layer_bits or {})
+        config = dataclasses.replace(config, layer_bits=layer_bits)
         for name, module in list(model.named_modules()):
             if is_linear(module) and name not in skip:
                 rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
                 bias = module.bias is not None
-                layer = TurboQuantLinear(columns, rows, bias, config, device="meta", dtype=module.weight.dtype)
+                own = config.for_layer(name)
+                layer = TurboQuantLinear(columns, rows, bias, own, device="meta", dtype=module.weight.dtype)
                 layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing to initialise: _check_files sees to it
                 walker.replace_module(model, name, layer)
+
+
+def _with_and_without_prefix(model: Any, names: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """By name (values are kept). A layer is named with or without this prefix when only the body, or a body with a new
+    head, is loaded."""
+    prefix = f"{model.base_model_prefix}."
+    values = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    return {alias: v for name, v in values.items() for alias in (name, prefix + name, name.removeprefix(prefix))}
 
 
 def _check_files(model: Any, files: list[str], conversions: list[Any], drops_residual: bool) -> None:
@@ -290,7 +300,7 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
     Also tells Transformers which keys are rightly left over: the tripwire, and residual planes that are not wanted.
     """
     stored = _stored_tensors(model, files, conversions)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)}
+    layers = _layers(model)
     for layer_name, layer in layers.items():
         for part, parameter in layer.named_parameters():
             name = f"{layer_name}.{part}"
@@ -315,7 +325,9 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
             )
         if owner is not None and part == "residual" and owner.residual is None:
             if not drops_residual:
-                raise FormatError(f"{name} is stored, but config.json says residual_bits 0: restore its config.json")
+                raise FormatError(
+                    f"{name} is stored, but config.json gives this layer no residual bits: restore its config.json"
+                )
             expected.add(name)
         elif owner is not None and part == "weight" and tensor.shape == (0,):
             expected.add(name)
@@ -379,25 +391,29 @@ def _dense_layer(layer: TurboQuantLinear, original: nn.Module, dtype: torch.dtyp
     return dense.train(layer.training)
 
 
+def _layers(model: Any) -> dict[str, TurboQuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)}
+
+
 def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig, str]:
     """``config`` as the layers of ``model`` are now, which the user may have changed, and the first quantized one's name."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)]
+    layers = _layers(model)
     if not layers:
         raise ConfigError(
             f"this {type(model).__name__} has no quantized layer left: call model.dequantize() before saving a dense model"
         )
-    first = layers[0][0]
-    fields = ("bits", "residual_bits", "group_size", "seed")
-    settings = {field: getattr(layers[0][1], field) for field in fields}
-    for name, layer in layers:
-        for field, value in settings.items():
+    first = next(iter(layers))
+    shared = {field: getattr(layers[first], field) for field in ("group_size", "seed")}
+    for name, layer in layers.items():
+        for field, value in shared.items():
             if getattr(layer, field) != value:
                 raise ConfigError(
-                    f"{field} is {value} in {first}, but {getattr(layer, field)} in {name}: a checkpoint has one setting "
-                    "for all layers. Make them alike, e.g. with base_only_() on every layer"
+                    f"{field} is {value} in {first}, but {getattr(layer, field)} in {name}: a checkpoint has one {field} "
+                    "for all layers. Quantize them with one config"
                 )
-    skip = tuple(name for name, module in model.named_modules() if is_linear(module))
-    return dataclasses.replace(config, skip=skip, **settings), first
+    bits = {name: (layer.bits, layer.residual_bits) for name, layer in layers.items()}
+    live = dataclasses.replace(config, layer_bits=bits, **shared)
+    return live.exact(layers, (name for name, module in model.named_modules() if is_linear(module))), first
 
 
 def _provenance(model: Any) -> dict[str, str]:
