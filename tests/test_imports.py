@@ -16,7 +16,7 @@ LEVELS = [
     {"config", "errors"},
     {"packing", "rotation", "codebook"},
     {"reference"},
-    {"kernels"},
+    {"kernels", "cpu"},
     {"ops"},
     {"linear"},
     {"model"},

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cpu import linear as cpu
+from .cpu.library import chosen
 from .reference import PackedWeight
 
 _LIBRARY = torch.library.Library("turboquant_weights", "DEF")
@@ -55,6 +57,7 @@ def _on_planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _linear = _on_planes(reference.linear)
+_linear_engine = _on_planes(cpu.linear)
 
 
 def _linear_input_gradient(
@@ -110,8 +113,17 @@ def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
     return _linear_kernels()(x, *arguments)
 
 
+def _linear_cpu(x: Tensor, *arguments: Any) -> Tensor:
+    # Documented: float64 computes with the reference, and so does an installation without the engine, which says so.
+    engine = chosen()
+    if engine is None or x.dtype not in cpu.DTYPES:
+        return _linear(x, *arguments)
+    return _linear_engine(x, *arguments)
+
+
 # The plain-PyTorch reference serves every device but those with kernels of their own.
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
 

@@ -1,0 +1,316 @@
+/* What library.py calls: codebooks, the choice of an engine, threads, and the way from sums to results. */
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "prepare.h"
+
+#if defined(_WIN32)
+#define API __declspec(dllexport)
+#else
+#define API __attribute__((visibility("default")))
+#endif
+
+enum { ROWS = 64 };                  /* at most this many rows per share of the work */
+enum { SHARE_BYTES = 1 << 17 };      /* and about this many bytes of planes, which then stay in the L2 cache */
+enum { SERIAL_WORK = 1 << 17 };      /* products below which a second thread costs more than it brings */
+
+static const tq_engine *const engines[] = {
+#if defined(__x86_64__)
+    &tq_avx512,
+    &tq_avx2,
+#endif
+#if defined(__aarch64__)
+    &tq_neon,
+#endif
+    &tq_portable,
+};
+enum { ENGINES = sizeof engines / sizeof *engines };
+
+/* Name of engine i, best first; NULL behind the last. */
+API const char *tq_engine_name(int i) { return i < ENGINES ? engines[i]->name : NULL; }
+API int tq_engine_available(int i) { return engines[i]->available(); }
+API int tq_engine_has_integer(int i) { return engines[i]->integer != NULL; }
+API int tq_engine_step(int i) { return engines[i]->step; }
+API size_t tq_codebook_size(void) { return sizeof(tq_codebook); }
+API size_t tq_layer_size(void) { return sizeof(tq_layer); }
+
+/* -- codebooks --------------------------------------------------------------------------------------------------------- */
+
+static uint16_t half_of(float exact)
+{
+    uint32_t word;
+    memcpy(&word, &exact, 4);
+    return (uint16_t)((word >> 16 & 0x8000) | (((word >> 13) - (112 << 10)) & 0x7fff)); /* levels are normal halves */
+}
+
+/* Coefficients in t = 2 x^2 - 1 and fixed point, x in [-1, 1], of a polynomial given in powers of x^2 for x in [-2, 2]. */
+static void fixed_point(const float *coefficients, int levels, tq_codebook *book)
+{
+    double a[5];
+    for (int i = 0; i < 5; i++) a[i] = ldexp(coefficients[i], 2 * i + 1 - i); /* x^2 = (t + 1) / 2 */
+    for (int pass = 0; pass < 4; pass++)
+        for (int i = 3; i >= pass; i--) a[i] += a[i + 1];
+    double largest = 0;
+    for (int i = levels / 2; i < levels; i++) {
+        const double x = (2 * i + 1 - levels) / (double)levels, t = 2 * x * x - 1;
+        double value = 0;
+        for (int j = 4; j >= 0; j--) {
+            value = value * t + a[j];
+            largest = fmax(largest, fmax(fabs(value), fabs(a[j])));
+        }
+    }
+    book->polynomial_unit = (float)(32000 / largest);
+    for (int i = 0; i < 5; i++) book->coefficient[i] = (int16_t)lrint(a[i] * (32000 / largest));
+}
+
+/* levels [2^(bits + residual_bits)], ascending; coefficients [5], zeros if there is no residual plane. */
+API void tq_codebook_init(tq_codebook *book, const float *levels, const float *coefficients, int bits, int residual_bits)
+{
+    const int count = 1 << (bits + residual_bits);
+    memset(book, 0, sizeof *book);
+    book->bits = bits;
+    book->residual_bits = residual_bits;
+    book->unit = 32767 / levels[count - 1];
+    for (int i = 0; i < count; i++) {
+        const uint16_t half = half_of(levels[i]);
+        book->level[i] = levels[i];
+        book->half_high[i] = (uint8_t)(half >> 8);
+        book->half_low[i] = (uint8_t)half;
+        const int up = (int)lrint(fabsf(levels[i]) * book->unit + 32767.5), integer = levels[i] > 0 ? up : 65535 - up;
+        book->high[i] = (uint8_t)(integer >> 8);
+        book->low[i] = (uint8_t)integer;
+        if (!residual_bits) book->base[i] = (uint8_t)(levels[i] + 127.5f);
+    }
+    if (residual_bits) fixed_point(coefficients, count, book);
+}
+
+/* -- threads ----------------------------------------------------------------------------------------------------------- */
+
+/* GOMP_parallel of the OpenMP runtime that PyTorch has loaded: its threads, none of our own. */
+typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
+static parallel_function *parallel;
+API void tq_set_parallel(parallel_function *function) { parallel = function; }
+
+static void run(void (*function)(void *), void *data, int threads)
+{
+    if (threads > 1 && parallel)
+        parallel(function, data, (unsigned)threads, 0);
+    else
+        function(data);
+}
+
+/* -- y = x W^T + bias -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const tq_engine *engine;
+    const tq_layer *layer;
+    tq_activations act;
+    const char *x;
+    int64_t tokens, x_stride, grain;
+    char *y;
+    int type;
+    char *scratch;               /* one part per thread */
+    int64_t scratch_bytes;
+    atomic_int next_scratch;
+    atomic_llong next;
+} job;
+
+static void prepare_share(void *data)
+{
+    job *j = data;
+    void *scratch = j->scratch + j->scratch_bytes * atomic_fetch_add(&j->next_scratch, 1);
+    for (int64_t t; (t = atomic_fetch_add(&j->next, 1)) < j->tokens;)
+        j->engine->prepare(j->layer, &j->act, j->x + t * j->x_stride, j->type, t, scratch);
+}
+
+static uint16_t to_bfloat(float value)
+{
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+static uint16_t to_half(float value)
+{
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    const uint16_t sign = (uint16_t)(word >> 16 & 0x8000);
+    word &= 0x7fffffff;
+    if (word > 0x7f800000) return sign | 0x7e00;
+    if (word >= 0x477ff000) return sign | 0x7c00; /* 65520 and above */
+    if (word >= 0x38800000) return (uint16_t)(sign | ((word - 0x38000000 + 0xfff + (word >> 13 & 1)) >> 13));
+    /* Subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the lowest bits. */
+    memcpy(&value, &word, 4);
+    value += 0.5f;
+    memcpy(&word, &value, 4);
+    return (uint16_t)(sign | (word - 0x3f000000));
+}
+
+static float value_of(const void *values, int type, int64_t i)
+{
+    if (type == FLOAT32) return ((const float *)values)[i];
+    const uint16_t bits = ((const uint16_t *)values)[i];
+    return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
+/* Sums [rows][TOKENS] of `count` tokens to results. */
+static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64_t count, const float *sums)
+{
+    const tq_layer *layer = j->layer;
+    for (int64_t t = 0; t < count; t++) {
+        const double scale = j->act.token_scale[token + t] * 0x1p19;
+        const int64_t at = (token + t) * layer->rows + row;
+        for (int64_t i = 0; i < rows; i++) {
+            /* 2^exponent, as the bits of a double */
+            const uint64_t power = (uint64_t)(1023 + layer->exponents[row + i]) << 52;
+            double factor;
+            memcpy(&factor, &power, 8);
+            float value = (float)(sums[i * TOKENS + t] * (scale * factor));
+            if (layer->bias) {
+                const float bias = value_of(layer->bias, layer->bias_type, row + i);
+                value = (float)(sums[i * TOKENS + t] * (scale * factor) + bias);
+            }
+            if (j->type == FLOAT32)
+                ((float *)j->y)[at + i] = value;
+            else
+                ((uint16_t *)j->y)[at + i] = j->type == BFLOAT16 ? to_bfloat(value) : to_half(value);
+        }
+    }
+}
+
+static void multiply_share(void *data)
+{
+    job *j = data;
+    tq_kernel *const kernel = j->act.exact ? j->engine->exact : j->engine->integer;
+    float sums[ROWS * TOKENS];
+    for (int64_t row; (row = atomic_fetch_add(&j->next, j->grain)) < j->layer->rows;) {
+        const int64_t left = j->layer->rows - row, rows = left < j->grain ? left : j->grain;
+        for (int64_t token = 0; token < j->tokens; token += TOKENS) {
+            const int64_t rest = j->tokens - token, count = rest < TOKENS ? rest : TOKENS;
+            kernel(j->layer, &j->act, row, rows, token, count, sums);
+            finish(j, row, rows, token, count, sums);
+        }
+    }
+}
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Places the activations of a job in one block of memory, which the caller frees. NULL: no memory. */
+static char *allocate(job *j, int threads)
+{
+    const int64_t m = j->tokens, blocks = (j->layer->blocks + 15) / 16 * 16, columns = blocks * BLOCK;
+    const int64_t scales = aligned(4 * m * blocks), factors = aligned(8 * m);
+    const int64_t values = aligned((j->act.exact ? 4 : 2) * m * columns);
+    j->scratch_bytes = aligned(6 * columns);
+    char *memory = aligned_alloc(64, (size_t)(factors + 2 * scales + values + threads * j->scratch_bytes));
+    if (!memory) return NULL;
+    j->act.blocks = blocks;
+    j->act.token_scale = (double *)memory;
+    j->act.scale = (float *)(memory + factors);
+    j->act.correction = (float *)(memory + factors + scales);
+    j->act.values = memory + factors + 2 * scales;
+    j->scratch = memory + factors + 2 * scales + values;
+    return memory;
+}
+
+static void prepare_all(job *j, int threads)
+{
+    atomic_init(&j->next, 0);
+    atomic_init(&j->next_scratch, 0);
+    const int64_t work = j->tokens * j->act.blocks * BLOCK;
+    run(prepare_share, j, work * 16 < SERIAL_WORK || j->tokens == 1 ? 1 : threads);
+}
+
+/* x [m, in_features] of `type`, rows x_stride bytes apart; y [m, rows] of the same type, contiguous. 0: done, 1: no memory. */
+API int tq_linear(int engine, const tq_layer *layer, int exact, const void *x, int64_t x_stride, void *y, int type, int64_t m,
+                  int threads)
+{
+    job j = {.engine = engines[engine], .layer = layer, .x = x, .tokens = m, .x_stride = x_stride, .y = y, .type = type};
+    j.act.exact = exact || !j.engine->integer;
+    const double work = (double)m * (double)layer->rows * (double)layer->blocks * BLOCK;
+    if (work < SERIAL_WORK) threads = 1;
+    char *memory = allocate(&j, threads);
+    if (!memory) return 1;
+    prepare_all(&j, threads);
+    const int64_t row_bytes = 4 * layer->blocks * (layer->book->bits + layer->book->residual_bits);
+    int64_t grain = layer->rows / (8 * threads), fits = SHARE_BYTES / row_bytes;
+    grain = grain > fits ? fits : grain;
+    j.grain = grain > ROWS ? ROWS : grain < 2 ? 2 : grain / 2 * 2;
+    atomic_init(&j.next, 0);
+    run(multiply_share, &j, threads);
+    free(memory);
+    return 0;
+}
+
+/* -- for a BLAS: rotated activations and decoded rows in one order of columns --------------------------------------------- */
+
+static void store(const float *values, int64_t count, double scale, int type, void *out)
+{
+    if (type == FLOAT32)
+        for (int64_t i = 0; i < count; i++) ((float *)out)[i] = (float)(values[i] * scale);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bfloat((float)(values[i] * scale));
+}
+
+/* Columns of one row of what tq_rotate and tq_decode write. */
+API int64_t tq_width(int engine, const tq_layer *layer)
+{
+    const int64_t step = engines[engine]->step;
+    return (layer->blocks * BLOCK + step - 1) / step * step;
+}
+
+/* x as in tq_linear to out [m, width] of out_type, FLOAT32 or BFLOAT16, of magnitude about one whatever x is: the powers of
+ * two that are missing go to factors [m]. 0: done, 1: no memory. */
+API int tq_rotate(int engine, const tq_layer *layer, const void *x, int64_t x_stride, int type, int64_t m, void *out,
+                  int out_type, float *factors, int threads)
+{
+    job j = {.engine = engines[engine], .layer = layer, .x = x, .tokens = m, .x_stride = x_stride, .type = type};
+    j.act.exact = 1;
+    char *memory = allocate(&j, threads);
+    if (!memory) return 1;
+    prepare_all(&j, threads);
+    const int64_t width = tq_width(engine, layer), bytes = width * (out_type == FLOAT32 ? 4 : 2);
+    const double root = sqrt((double)layer->rotation);
+    for (int64_t t = 0; t < m; t++) {
+        store((float *)j.act.values + t * j.act.blocks * BLOCK, width, 1 / root, out_type, (char *)out + t * bytes);
+        factors[t] = (float)(j.act.token_scale[t] * root);
+    }
+    free(memory);
+    return 0;
+}
+
+typedef struct {
+    const tq_engine *engine;
+    const tq_layer *layer;
+    int64_t first, rows, width;
+    char *out;
+    int type;
+    atomic_llong next;
+    atomic_int failed;
+} decoding;
+
+static void decode_share(void *data)
+{
+    decoding *d = data;
+    float *buffer = aligned_alloc(64, (size_t)aligned(4 * d->width));
+    if (!buffer) {
+        atomic_store(&d->failed, 1);
+        return;
+    }
+    const int64_t bytes = d->width * (d->type == FLOAT32 ? 4 : 2);
+    for (int64_t row; (row = atomic_fetch_add(&d->next, 1)) < d->rows;) {
+        d->engine->decode(d->layer, d->first + row, 1, buffer, d->width);
+        store(buffer, d->width, ldexp(1.0, 19 + d->layer->exponents[d->first + row]), d->type, d->out + row * bytes);
+    }
+    free(buffer);
+}
+
+/* Rows [first, first + rows), rotated as they are stored, to out [rows, width] of out_type. 0: done, 1: no memory. */
+API int tq_decode_rows(int engine, const tq_layer *layer, int64_t first, int64_t rows, void *out, int out_type, int threads)
+{
+    decoding d = {.engine = engines[engine], .layer = layer, .first = first, .rows = rows, .width = tq_width(engine, layer),
+                  .out = out, .type = out_type};
+    run(decode_share, &d, threads);
+    return atomic_load(&d.failed);
+}

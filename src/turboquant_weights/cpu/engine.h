@@ -1,0 +1,81 @@
+/* The CPU engine: y = x W^T + bias with W in packed planes (FORMAT.md), shared declarations.
+ *
+ * Letters as in FORMAT.md: n rows, k in_features, c stored columns, m tokens. A *block* is 32 columns, which share a scale.
+ *
+ * Two ways of computing, each in every engine:
+ *
+ *   integer  the rotated activation becomes integers q of 14 or 15 bits with one float scale per block, split into bytes
+ *            q = 128 a + b; levels become integers too, and the block's dot product is exact in 32 bits.
+ *   exact    activation, levels and sums in float32.
+ *
+ * A sum does not care about the order of its terms: kernels read planes as they lie, and the activation is stored in the
+ * order in which a kernel's unpacking emits columns. Nothing is repacked.
+ */
+#ifndef TURBOQUANT_ENGINE_H
+#define TURBOQUANT_ENGINE_H
+
+#include <stdint.h>
+
+enum { BLOCK = 32, SUPERBLOCK = 16 * BLOCK, TOKENS = 4 };
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+/* Tables of one pair of planes; made by tq_codebook_init. T = bits + residual bits. */
+typedef struct {
+    int32_t bits, residual_bits;
+    float level[256];            /* ascending */
+    uint8_t half_high[256];      /* the bytes of the levels as binary16, in which they are exact */
+    uint8_t half_low[256];
+    uint8_t high[256], low[256]; /* level * unit = 256 high + low - 32767.5, rounded: complements at complementary indices */
+    uint8_t base[16];            /* residual_bits = 0: level = base - 127.5, exactly */
+    float unit;
+    int16_t coefficient[5];      /* residual_bits > 0: the polynomial in 16-bit fixed point, for engines without wide tables */
+    float polynomial_unit;       /* level * polynomial_unit = what it yields */
+} tq_codebook;
+
+/* One layer. Mirrored by ctypes in library.py. */
+typedef struct {
+    const uint8_t *codes, *residual, *scales;
+    const int8_t *exponents;
+    const void *bias;            /* or NULL */
+    const float *signs;          /* [c], +-1 */
+    const tq_codebook *book;
+    int64_t rows, blocks, in_features;
+    int64_t codes_stride, residual_stride, scales_stride; /* bytes from row to row */
+    int32_t rotation;            /* columns per rotation block: 32, 64 or 128 */
+    int32_t bias_type;
+} tq_layer;
+
+/* Rotated activations. Columns are padded with zeros to whole superblocks, the arrays are aligned to 64 bytes. */
+typedef struct {
+    int64_t blocks;              /* a multiple of 16 */
+    int32_t exact;
+    double *token_scale;         /* [m]: what a token's sums must be multiplied with */
+    float *scale;                /* [m, blocks]: of the integers; unused if exact */
+    float *correction;           /* [m, blocks]: scale * offset of the levels * sum of the integers */
+    void *values;                /* [m, 32 * blocks]: int8 pairs, int16 or (exact) float32, in the kernel's order */
+} tq_activations;
+
+/* Rotates one token and writes its share of the activations; scratch holds 6 bytes per padded column. */
+typedef void tq_prepare(const tq_layer *, const tq_activations *, const void *x, int type, int64_t token, void *scratch);
+
+/* Sums of rows [row, row + rows) with tokens [token, token + count), count <= TOKENS, into out[row][TOKENS]; the factors of
+ * the row and the token, and 2^19 for the scales, are the caller's business. */
+typedef void tq_kernel(const tq_layer *, const tq_activations *, int64_t row, int64_t rows, int64_t token, int64_t count,
+                       float *out);
+
+/* Levels times scales (times 2^-19) of rows [row, row + rows), in the order of the exact activations. */
+typedef void tq_decode(const tq_layer *, int64_t row, int64_t rows, float *out, int64_t stride);
+
+typedef struct {
+    const char *name;
+    int step;                    /* columns decoded at a time: decode writes whole steps */
+    int (*available)(void);
+    tq_prepare *prepare;
+    tq_kernel *integer;          /* NULL: this engine is always exact */
+    tq_kernel *exact;
+    tq_decode *decode;
+} tq_engine;
+
+extern const tq_engine tq_portable, tq_avx2, tq_avx512, tq_neon;
+
+#endif

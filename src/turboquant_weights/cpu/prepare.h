@@ -1,0 +1,120 @@
+/* Activations before the kernels: rotation (FORMAT.md section 4) and rounding to integers. Plain C, compiled once per engine
+ * with that engine's instructions, which is why everything here is static.
+ */
+#ifndef TURBOQUANT_PREPARE_H
+#define TURBOQUANT_PREPARE_H
+
+#include <math.h>
+#include <string.h>
+
+#include "engine.h"
+
+static inline float half_to_float(uint16_t bits)
+{
+    /* Shifted into place, a half is a float that is 2^-112 times as large, subnormals included; its Inf and NaN are not. */
+    uint32_t word = (uint32_t)(bits & 0x7fff) << 13;
+    const uint32_t special = (uint32_t)0 - (uint32_t)(word >= 0x0f800000u);
+    float value;
+    memcpy(&value, &word, 4);
+    value *= 0x1p112f;
+    memcpy(&word, &value, 4);
+    word |= (special & 0x7f800000u) | (uint32_t)(bits & 0x8000) << 16;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+static inline float bfloat_to_float(uint16_t bits)
+{
+    const uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+static void read_token(const void *x, int type, int64_t count, float *out)
+{
+    const uint16_t *bits = x;
+    if (type == FLOAT32)
+        memcpy(out, x, (size_t)count * 4);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) out[i] = bfloat_to_float(bits[i]);
+    else
+        for (int64_t i = 0; i < count; i++) out[i] = half_to_float(bits[i]);
+}
+
+static uint32_t largest_magnitude(const float *x, int64_t count)
+{
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t word;
+        memcpy(&word, x + i, 4);
+        word &= 0x7fffffffu;
+        largest = word > largest ? word : largest;
+    }
+    return largest; /* as bits, among which NaN is the largest */
+}
+
+static void hadamard(float *x, int block)
+{
+    for (int i = 0; i < block; i += 8) {
+        float *v = x + i;
+        const float a0 = v[0] + v[1], a1 = v[0] - v[1], a2 = v[2] + v[3], a3 = v[2] - v[3];
+        const float a4 = v[4] + v[5], a5 = v[4] - v[5], a6 = v[6] + v[7], a7 = v[6] - v[7];
+        const float b0 = a0 + a2, b1 = a1 + a3, b2 = a0 - a2, b3 = a1 - a3;
+        const float b4 = a4 + a6, b5 = a5 + a7, b6 = a4 - a6, b7 = a5 - a7;
+        v[0] = b0 + b4, v[1] = b1 + b5, v[2] = b2 + b6, v[3] = b3 + b7;
+        v[4] = b0 - b4, v[5] = b1 - b5, v[6] = b2 - b6, v[7] = b3 - b7;
+    }
+    for (int half = 8; half < block; half *= 2)
+        for (int i = 0; i < block; i += 2 * half)
+            for (int j = i; j < i + half; j++) {
+                const float a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+}
+
+/* Reads token, rotates it into out [32 * padded_blocks] and sets its scale: the rotated token is out * token_scale.
+ * Entries of out are at most 512 in magnitude: any x is brought to [0.5, 1) by a power of two first. */
+static void rotate_token(const tq_layer *layer, const void *x, int type, int64_t padded_blocks, float *out, double *token_scale)
+{
+    const int64_t k = layer->in_features, columns = layer->blocks * BLOCK;
+    read_token(x, type, k, out);
+    memset(out + k, 0, (size_t)(padded_blocks * BLOCK - k) * 4);
+    const uint32_t largest = largest_magnitude(out, k);
+    if (largest >= 0x7f800000u) { /* Inf or NaN: the whole result of this token is NaN */
+        memset(out, 0, (size_t)k * 4);
+        *token_scale = NAN;
+        return;
+    }
+    int exponent = (int)(largest >> 23) - 126;
+    exponent = exponent > 126 ? 126 : exponent; /* 2^-127 is subnormal, which the processor may flush to zero */
+    const float shift = ldexpf(1.0f, -exponent);
+    for (int64_t i = 0; i < columns; i++) out[i] *= layer->signs[i] * shift;
+    for (int64_t i = 0; i < columns; i += layer->rotation) hadamard(out + i, layer->rotation);
+    *token_scale = ldexp(1.0, exponent) / sqrt((double)layer->rotation);
+}
+
+/* Rotated columns to integers of at most `limit`, one scale per block; sums of a block's integers and of their high parts
+ * a (q = 128 a + b, -64 <= b < 64) serve the corrections. */
+static void to_integers(const float *x, int64_t blocks, int limit, int nested, float offset, int16_t *q, float *scale,
+                        float *correction)
+{
+    for (int64_t block = 0; block < blocks; block++, x += BLOCK, q += BLOCK) {
+        float largest = 0;
+        for (int i = 0; i < BLOCK; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        const float inverse = largest > 1e-30f ? (float)limit / largest : 0;
+        int32_t sum = 0, high = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            const int32_t value = (int32_t)(x[i] * inverse + copysignf(0.5f, x[i]));
+            q[i] = (int16_t)value;
+            sum += value;
+            high += (value + 64) >> 7;
+        }
+        scale[block] = largest / (float)limit;
+        /* Integer levels are off by a constant, nested ones in both bytes: see the kernels. */
+        correction[block] = scale[block] * offset * (float)(nested ? 2 * sum + high : sum);
+    }
+}
+
+#endif

@@ -1,0 +1,382 @@
+"""The CPU engine against the float64 oracle: at most twice the error of the eager computation in the same precision."""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from format_oracle import dequantize
+
+from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantLinear, reference
+from turboquant_weights.cpu import library
+from turboquant_weights.cpu.linear import linear
+
+ENGINES = library.engines()
+assert ENGINES, "the CPU engine is not built: python -m turboquant_weights.cpu"
+# (engine, exact): each arithmetic of each engine
+PATHS = [(engine, exact) for engine in ENGINES for exact in (False, True) if exact or engine.has_integer]
+IDS = [f"{engine.name}-{'exact' if exact else 'integer'}" for engine, exact in PATHS]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+COMBINATIONS = [(bits, residual) for bits in (2, 3, 4) for residual in range(5)]
+each_path = pytest.mark.parametrize(("engine", "exact"), PATHS, ids=IDS)
+
+
+@functools.cache
+def layer(n, k, bits=4, residual_bits=0, group_size=128, seed=0):
+    """Quantized weight, with rows of every magnitude, and its float64 matrix."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)) * torch.logspace(-3, 1, n)[:, None]
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    packed = reference.quantize_weight(weight, **layout).weight
+    return packed, dequantize(packed, k, bits, residual_bits, group_size, seed)
+
+
+def inputs(m, k, dtype, seed=0):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed + m)).to(dtype)
+
+
+def check(x, n, k, engine, exact, bits=4, residual_bits=0, group_size=128, seed=0, bias=None):
+    if x.dtype == torch.float32 and not exact:
+        pytest.skip("float32 is always exact")
+    packed, weight = layer(n, k, bits, residual_bits, group_size, seed)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    got = linear(x, packed, bias, k, **layout, engine=engine, exact=exact)
+    assert got.dtype == x.dtype
+    assert got.shape == (*x.shape[:-1], n)
+    want = x.double() @ weight.T + (0 if bias is None else bias.double())
+    eager = reference.linear(x, packed, bias, k, **layout)
+    size = weight.norm(dim=1)  # rows of every magnitude count alike
+    error, allowed = (((y.double() - want) / size).norm() for y in (got, eager))
+    assert error <= 2 * allowed + 1e-7 * x.double().norm()
+    assert torch.equal(got, linear(x, packed, bias, k, **layout, engine=engine, exact=exact)), "not deterministic"
+    return got, want
+
+
+@each_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
+def test_every_pair_of_planes(bits, residual_bits, dtype, engine, exact):
+    for m in (1, 7, 40):
+        check(inputs(m, 1000, dtype), 67, 1000, engine, exact, bits, residual_bits)
+
+
+@each_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 5, 8, 9, 16, 31, 32, 33, 130])
+def test_any_number_of_tokens(m, dtype, engine, exact):
+    bias = torch.randn(35, generator=torch.Generator().manual_seed(m)) if m % 2 else None
+    check(inputs(m, 288, dtype), 35, 288, engine, exact, bias=bias)
+
+
+@each_path
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(1, 1, 128), (3, 31, 128), (64, 128, 32), (65, 100, 64), (5, 512, 128), (2, 8200, 64), (131, 96, 128)],
+)
+def test_awkward_shapes(n, k, group_size, engine, exact):
+    for residual_bits in (0, 3, 4):
+        for m in (1, 6, 33):
+            check(inputs(m, k, torch.bfloat16), n, k, engine, exact, 4, residual_bits, group_size, seed=7)
+
+
+@each_path
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 40])
+def test_bias_of_any_dtype(m, bias_dtype, engine, exact):
+    check(inputs(m, 96, torch.bfloat16), 33, 96, engine, exact, bias=torch.linspace(-3, 3, 33).to(bias_dtype))
+
+
+@each_path
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_strides_and_leading_dimensions(m, engine, exact):
+    wide = torch.randn(2, m, 2 * 288, generator=torch.Generator().manual_seed(1)).bfloat16()
+    settings = dict(bits=4, residual_bits=0, group_size=128, seed=0, engine=engine, exact=exact)
+    packed, _ = layer(35, 288)
+    for x in (wide[..., :288], wide[..., ::2], wide[:, :, 288:].transpose(0, 1), wide[:, :, :288].flip(0)):
+        got, _ = check(x, 35, 288, engine, exact)
+        rows = [linear(row, packed, None, 288, **settings) for row in x.reshape(-1, 288)[:3]]
+        assert rows[0].shape == (35,)
+        difference = torch.stack(rows).double() - got.reshape(-1, 35)[:3].double()
+        assert difference.norm() <= 0.01 * got.double().norm()
+    padded = reference.PackedWeight(*(None if t is None else torch.stack([t, t], -1)[..., 0] for t in packed))
+    same = [linear(wide[0, :, :288], planes, None, 288, **settings) for planes in (packed, padded)]
+    assert torch.equal(*same)
+
+
+@each_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-40, 1e-30, 1e-7, 1.0, 300.0, 6e4, 1e30, 3e38])
+def test_activations_of_any_magnitude(magnitude, dtype, engine, exact):
+    """Outliers, blocks of very different size, tokens of zeros; sums that overflow only if the result does."""
+    if magnitude > torch.finfo(dtype).max or magnitude < torch.finfo(dtype).smallest_normal / 1e4:
+        pytest.skip("not in this dtype")
+    if dtype == torch.float32 and not exact:
+        pytest.skip("float32 is always exact")
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)) * 1e-3
+    packed = reference.quantize_weight(weight).weight
+    exact_weight = dequantize(packed, 256, 4, 0, 128, 0)
+    x = (torch.sign(torch.randn(4, 256, generator=torch.Generator().manual_seed(1))).double() * magnitude).to(dtype)
+    x[1] = 0
+    x[2, 1:] *= 1e-3
+    x[3, :128] *= 1e-3
+    for m in (4, 40):
+        many = x.repeat(m // 4, 1)
+        got = linear(many, packed, None, 256, bits=4, residual_bits=0, group_size=128, seed=0, engine=engine, exact=exact)
+        want = many.double() @ exact_weight.T
+        assert (got[1] == 0).all()
+        tiny = 24**0.5 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the result's own grid
+        error = (got.double() - want).norm(dim=1)
+        assert (error <= 4 * torch.finfo(dtype).eps * want.norm(dim=1) + tiny).all()
+
+
+@each_path
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_reach_their_token_only(value, engine, exact):
+    packed, _ = layer(35, 288)
+    for m in (3, 40):
+        x = inputs(m, 288, torch.bfloat16)
+        x[1, 17] = value
+        got = linear(x, packed, None, 288, bits=4, residual_bits=0, group_size=128, seed=0, engine=engine, exact=exact)
+        assert got[1].isnan().all()
+        assert got[[0, *range(2, m)]].isfinite().all()
+
+
+@each_path
+def test_extreme_exponents_and_scales(engine, exact):
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).double()
+    rows = (weight * torch.tensor([1e-30, 1e-12, 1.0, 1e25])[:, None]).float()
+    packed = reference.quantize_weight(rows).weight
+    packed.exponents[0], packed.exponents[3] = -128, 100
+    packed.scales[1] = torch.tensor([0, 255], dtype=torch.uint8)
+    packed.scales[2] = torch.tensor([1, 31], dtype=torch.uint8)  # subnormal among the half-precision numbers
+    want_weight = dequantize(packed, 64, 4, 0, 128, 0)
+    for m in (2, 40):
+        x = inputs(m, 64, torch.float32 if exact else torch.bfloat16) * 1e-3
+        got = linear(x, packed, None, 64, bits=4, residual_bits=0, group_size=128, seed=0, engine=engine, exact=exact)
+        want = x.double() @ want_weight.T
+        limit = 1e-5 if exact else 1e-2
+        assert ((got.double() - want).norm(dim=0) <= limit * want.norm(dim=0) + 1e-43).all()
+
+
+def test_flushing_subnormals_changes_nothing():
+    """Of the activation; results that are subnormal themselves are flushed, as the user wants."""
+    x = inputs(3, 288, torch.bfloat16) * 2.0**-100
+    layout = dict(bits=4, residual_bits=4, group_size=128, seed=0)
+    packed, _ = layer(35, 288, 4, 4)
+    for engine, exact in PATHS:
+        want = linear(x, packed, None, 288, **layout, engine=engine, exact=exact)
+        torch.set_flush_denormal(True)
+        try:
+            got = linear(x, packed, None, 288, **layout, engine=engine, exact=exact)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(got, want), engine.name
+        assert (want.abs() > torch.finfo(torch.bfloat16).smallest_normal).all()
+
+
+# -- which path runs
+
+
+def test_float32_is_exact_and_half_precision_is_not_by_default(monkeypatch):
+    packed, _ = layer(67, 1000)
+    layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    engine = library.chosen()
+    for dtype, exact in ((torch.float32, True), (torch.bfloat16, not engine.has_integer)):
+        x = inputs(3, 1000, dtype)
+        default = linear(x, packed, None, 1000, **layout)
+        assert torch.equal(default, linear(x, packed, None, 1000, **layout, engine=engine, exact=exact))
+    monkeypatch.setattr("turboquant_weights.cpu.linear.always_exact", lambda: True)
+    assert torch.equal(
+        linear(x, packed, None, 1000, **layout), linear(x, packed, None, 1000, **layout, engine=engine, exact=True)
+    )
+
+
+def run_python(code, **environment):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TURBOQUANT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done
+
+
+@pytest.mark.parametrize("name", [*(engine.name for engine in ENGINES), "reference"])
+def test_the_environment_names_an_engine(name):
+    code = "from turboquant_weights.cpu.library import chosen; print(chosen().name if chosen() else 'reference')"
+    assert run_python(code, TURBOQUANT_WEIGHTS_CPU=name).stdout.strip() == name
+    if name == ENGINES[0].name:
+        assert run_python(code).stdout.strip() == name, "not the best by default"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TURBOQUANT_WEIGHTS_CPU": "sse9"}, "TURBOQUANT_WEIGHTS_CPU is 'sse9': this machine has .*portable, reference"),
+        ({"TURBOQUANT_WEIGHTS_CPU_EXACT": "yes"}, "TURBOQUANT_WEIGHTS_CPU_EXACT is 'yes': 0 or 1"),
+    ],
+)
+def test_bad_variables_are_refused(variables, message):
+    import re
+
+    code = "import torch, turboquant_weights as t; t.TurboQuantLinear(32, 4)(torch.zeros(1, 32).half())"
+    assert re.search(message, run_python(code, **variables).stderr)
+
+
+def test_without_the_library_the_reference_computes_and_says_so_once(tmp_path):
+    code = f"""
+import pathlib, warnings
+import turboquant_weights.cpu.library as library
+library.FOLDER = pathlib.Path({str(tmp_path)!r})
+import torch, turboquant_weights as t
+layer = t.TurboQuantLinear.from_linear(torch.nn.Linear(96, 8))
+x = torch.randn(2, 96)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = [layer(x) for _ in range(3)]
+assert torch.allclose(y[0], torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+messages = [str(w.message) for w in caught]
+assert len(messages) == 1 and "python -m turboquant_weights.cpu" in messages[0], messages
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_float64_uses_the_reference():
+    module = TurboQuantLinear.from_linear(torch.nn.Linear(100, 7), TurboQuantConfig(residual_bits=2))
+    x = torch.randn(3, 100, dtype=torch.float64)
+    want = x @ module.dequantize(torch.float64).T + module.bias.double()
+    torch.testing.assert_close(module(x), want, rtol=1e-6, atol=1e-6)
+
+
+# -- arguments are checked before an address crosses
+
+
+def test_bad_tensors_are_refused():
+    packed, _ = layer(35, 288, 4, 2)
+    layout = dict(bits=4, residual_bits=2, group_size=128, seed=0)
+    x = inputs(2, 288, torch.bfloat16)
+    cases = {
+        "codes": packed._replace(codes=packed.codes[:, 1:]),
+        "scales": packed._replace(scales=packed.scales[1:]),
+        "exponents": packed._replace(exponents=packed.exponents.int()),
+        "residual is a": packed._replace(residual=packed.residual[:, :-1]),
+        "residual_bits is 2": packed._replace(residual=None),
+        r"codes.*meta": packed._replace(codes=packed.codes.to("meta")),
+    }
+    for message, bad in cases.items():
+        with pytest.raises(QuantizationError, match=message):
+            linear(x, bad, None, 288, **layout)
+    with pytest.raises(QuantizationError, match="residual_bits is 0"):
+        linear(x, packed, None, 288, **{**layout, "residual_bits": 0})
+    for bias in (torch.zeros(34), torch.zeros(35, dtype=torch.int64), torch.zeros(35, 1)):
+        with pytest.raises(QuantizationError, match="bias is a"):
+            linear(x, packed, bias, 288, **layout)
+    for bad_x in (x[:, 1:], x.double(), x.to("meta"), x.int()):
+        with pytest.raises(QuantizationError, match="x is a"):
+            linear(bad_x, packed, None, 288, **layout)
+
+
+# -- threads and processes
+
+
+def _module():
+    torch.manual_seed(0)
+    return TurboQuantLinear.from_linear(torch.nn.Linear(1024, 1536, dtype=torch.bfloat16)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("m", [1, 6, 40])
+def test_any_number_of_threads_gives_the_same_result(m):
+    module, x, before = _module(), inputs(m, 1024, torch.bfloat16), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = module(x)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            got = module(x)
+            if m < 32:
+                assert torch.equal(got, want)
+            else:
+                torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_several_python_threads():
+    module, x = _module(), inputs(1, 1024, torch.bfloat16)
+    want = module(x)
+    wrong = []
+
+    def work():
+        torch.set_num_threads(2)
+        for _ in range(50):
+            if not torch.equal(module(x), want):
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+def test_a_forked_child_computes_too():
+    """After the parent has used the threads, which do not survive a fork."""
+    code = """
+import os, torch
+torch.set_num_threads(2)
+import turboquant_weights as t
+torch.manual_seed(0)
+layer = t.TurboQuantLinear.from_linear(torch.nn.Linear(1024, 1536, dtype=torch.bfloat16)).requires_grad_(False)
+x = torch.randn(1, 1024).bfloat16()
+want = layer(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(layer(x), want) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(layer(x), want)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_second_openmp_runtime_is_loaded():
+    code = """
+import re, torch, turboquant_weights as t
+runtimes = lambda: set(re.findall(r"/\\S*(?:gomp|iomp|libomp)\\S*", open("/proc/self/maps").read()))
+before = runtimes()
+t.TurboQuantLinear(1024, 1024)(torch.zeros(1, 1024).half())
+assert before and runtimes() == before, (before, runtimes())
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+# -- the op around it
+
+
+def test_gradient_and_compile_go_through_the_op():
+    module = TurboQuantLinear.from_linear(torch.nn.Linear(96, 40))
+    x = inputs(3, 96, torch.float32).requires_grad_()
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize().sum(0).expand(3, 96), rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.bias.grad, torch.full((40,), 3.0))
+    half = inputs(3, 96, torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(half), module(half))
+
+
+def test_autocast_decides_the_dtype():
+    module, x = _module(), inputs(40, 1024, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(x)
+        assert got.dtype == torch.bfloat16
+        few = module(x[:2])
+    torch.testing.assert_close(few, got[:2], rtol=2e-2, atol=1e-2)
