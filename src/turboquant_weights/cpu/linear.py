@@ -125,8 +125,9 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` with ``x`` [..., in_features] float16, bfloat16 or float32, any strides; same dtype out.
 
-    ``engine`` defaults to the chosen one, which must exist. ``exact`` computes in float32 throughout. It defaults to what the dtype needs: True for float32, and for half precision
-    False (activations as integers of 14 or 15 bits) unless the environment asks for it.
+    ``engine`` defaults to the chosen one, which must exist. ``exact`` computes in float32 throughout; it defaults to what
+    the dtype needs: True for float32, and for half precision False (activations as integers of 14 or 15 bits) unless the
+    environment asks for it.
     """
     if x.dtype not in TYPES or x.device.type != "cpu" or x.shape[-1:] != (in_features,):
         raise QuantizationError(
