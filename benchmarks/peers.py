@@ -90,7 +90,9 @@ def rounded(method: Callable[..., tuple[Tensor, float]], *settings: int) -> Call
     return build
 
 
-def gptq(bits: int, group: int) -> Callable[[nn.Module, Tensor], Peer]:
+def gptq(bits: int, group: int, embedding_bits: int | None = None) -> Callable[[nn.Module, Tensor], Peer]:
+    """``embedding_bits``: round the embedding, and the head where it is tied to it, to integers in blocks of 64."""
+
     def build(reference: nn.Module, calibration: Tensor) -> Peer:
         model = copy.deepcopy(reference)
         names = plan_layers(model)[0]
@@ -99,7 +101,16 @@ def gptq(bits: int, group: int) -> Callable[[nn.Module, Tensor], Peer]:
         for name in names:
             weight = model.get_submodule(name).weight
             stored += weight.numel() * (bits + (16 + bits) / largest_block(weight.shape[1], group))
-        return _linears_only(model, names, stored)
+        peer = _linears_only(model, names, stored)
+        if embedding_bits is not None:
+            with torch.no_grad():
+                weight = model.get_input_embeddings().weight
+                new, per_weight = rtn(weight, embedding_bits, 64)
+                weight.copy_(new)
+            size = weight.numel() * per_weight / 8
+            peer.weights, peer.stored = peer.weights + weight.numel(), peer.stored + size
+            peer.total += size - _DENSE_BYTES * weight.numel()
+        return peer
 
     return build
 
@@ -118,5 +129,6 @@ PEERS: dict[str, Callable[[nn.Module, Tensor], Peer]] = {
     "HQQ, 64": rounded(hqq, 4, 64),
     "GPTQ, 128": gptq(4, 128),
     "GPTQ, 64": gptq(4, 64),
+    "GPTQ, 128, embedding 8 bits": gptq(4, 128, embedding_bits=8),
     "integer RTN 8 bits, 128": rounded(rtn, 8, 128),
 }

@@ -90,6 +90,28 @@ def test_gptq_of_a_model_goes_layer_by_layer_on_quantized_inputs(benchmark, fami
         assert (model.get_submodule(name).weight - expected).abs().max() < 1e-4, name
 
 
+def test_a_peer_counts_what_it_stores(benchmark) -> None:
+    transformers = pytest.importorskip("transformers")
+    peers = benchmark("peers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    windows = torch.randint(0, 96, (8, 16))
+    linears, embedding, norms = 4 * 64 * 64 + 3 * 64 * 128, 96 * 64, 3 * 64
+    # 4 bits, and 20 bits of scale and zero point per block: 64 columns, and 128 in the layer that has 128.
+    bits = linears * 4 + 20 * ((4 * 64 * 64 + 2 * 64 * 128) / 64 + 64 * 128 / 128)
+    for name in ("integer RTN, 128", "GPTQ, 128"):
+        peer = peers.PEERS[name](reference, windows)
+        assert (peer.weights, peer.stored, peer.total) == (linears, bits / 8, bits / 8 + 2 * (embedding + norms))
+        assert torch.equal(peer.model.get_input_embeddings().weight, reference.get_input_embeddings().weight)
+    peer = peers.PEERS["GPTQ, 128, embedding 8 bits"](reference, windows)
+    bits += embedding * 8 + 24 * embedding / 64
+    assert (peer.weights, peer.stored, peer.total) == (linears + embedding, bits / 8, bits / 8 + 2 * norms)
+    assert peer.model.lm_head.weight is peer.model.get_input_embeddings().weight
+    assert not torch.equal(peer.model.lm_head.weight, reference.lm_head.weight)
+
+
 def result(seeds: list[int], method: str = "ours 4") -> dict:
     return {
         "command": "quality.py",
