@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from .config import TurboQuantConfig
+from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from .integrations import load, register_lazily, save
 from .linear import TurboQuantLinear
@@ -16,6 +17,7 @@ __all__ = [
     "QuantizationError",
     "QuantizationReport",
     "TurboQuantConfig",
+    "TurboQuantEmbedding",
     "TurboQuantError",
     "TurboQuantLinear",
     "load",

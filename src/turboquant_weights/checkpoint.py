@@ -19,7 +19,7 @@ import torch
 from .config import TurboQuantConfig
 from .errors import ConfigError, FormatError
 from .header import Header, TensorInfo, read_header, read_json, short
-from .linear import PLANES
+from .planes import PLANES
 from .reference import MAX_EXPONENT, MIN_EXPONENT, packed_shapes
 from .rotation import SCALE_BLOCK
 

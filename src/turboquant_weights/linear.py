@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from . import ops, reference
 from .config import TurboQuantConfig
 from .errors import QuantizationError
-from .reference import PackedWeight, packed_shapes
+from .planes import PackedPlanes
+from .reference import PackedWeight
 from .rotation import is_autocast_enabled
 
-PLANES = ("codes", "residual", "scales", "exponents")
 
-
-class TurboQuantLinear(nn.Linear):
+class TurboQuantLinear(PackedPlanes, nn.Linear):
     """``y = x W^T + b`` with ``W`` [out_features, in_features] in ``config.bits + config.residual_bits`` bits per weight.
 
     Parameters (all ``requires_grad=False`` integers, so ``.half()`` and ``.bfloat16()`` leave them alone): ``codes``,
@@ -33,11 +29,6 @@ class TurboQuantLinear(nn.Linear):
         device, dtype: of the new parameters; ``dtype`` is the bias's. Planes start zeroed (the layer computes zeros).
     """
 
-    codes: nn.Parameter
-    residual: nn.Parameter | None
-    scales: nn.Parameter
-    exponents: nn.Parameter
-
     def __init__(
         self,
         in_features: int,
@@ -48,24 +39,9 @@ class TurboQuantLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
-        config = config or TurboQuantConfig()
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = config.bits
-        self.residual_bits = config.residual_bits
-        self.group_size = config.group_size
-        self.seed = config.seed
-        self.quantization_error: float | None = None  # ||W - W'||^2 / ||W||^2, known where the layer was quantized
-        # What ``weight`` answers in; follows .to(dtype), .half(), ... as a dense weight would.
-        self.dense_dtype: torch.dtype = dtype or torch.get_default_dtype()
-        shapes = packed_shapes(out_features, in_features, config.bits, config.residual_bits)
-        for plane in PLANES:
-            if plane in shapes:
-                shape, plane_dtype = shapes[plane]
-                data = torch.zeros(shape, dtype=plane_dtype, device=device)
-                self.register_parameter(plane, nn.Parameter(data, requires_grad=False))
-            else:
-                self.register_parameter(plane, None)
+        self._init_planes(config or TurboQuantConfig(), device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
@@ -109,41 +85,19 @@ class TurboQuantLinear(nn.Linear):
     ) -> TurboQuantLinear:
         """Wraps existing planes without copying them."""
         layer = cls(in_features, packed.scales.shape[0], bias=False, config=config, device="meta")
-        for plane, tensor in packed._asdict().items():
-            if tensor is not None:
-                parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-                setattr(layer, plane, parameter)
+        layer._set_planes(packed)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
     @property
-    def packed(self) -> PackedWeight:
-        """The planes as one tuple."""
-        return PackedWeight(self.codes, self.residual, self.scales, self.exponents)
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight, rebuilt at each access: for code that insists on reading one. Not stored."""
         return self.dequantize()
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [out_features, in_features]; ``dtype`` defaults to that of the dense weight it stands for."""
-        return reference.dequantize_weight(
-            self.packed,
-            self.in_features,
-            bits=self.bits,
-            residual_bits=self.residual_bits,
-            group_size=self.group_size,
-            seed=self.seed,
-            dtype=dtype or self.dense_dtype,
-        )
-
-    def base_only_(self) -> TurboQuantLinear:
-        """Drops the residual plane in place: the layer runs with ``bits`` bits from now on."""
-        self.residual = None
-        self.residual_bits = 0
-        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] of a floating dtype; returns [..., out_features] of the same dtype."""
@@ -168,47 +122,11 @@ class TurboQuantLinear(nn.Linear):
             self.seed,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TurboQuantLinear:
-        super()._apply(fn, recurse)
-        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.codes.device)).dtype
-        return self
-
-    @property
-    def _settings(self) -> dict[str, int]:
-        """What the planes mean beside their bytes."""
-        return {name: getattr(self, name) for name in ("bits", "residual_bits", "group_size", "seed")}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]].update(self._settings)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        """Refuses planes that mean something else here: other settings, or numbers that would be cast to bytes."""
-        errors: list[str] = args[-1]
-        for name, value in self._settings.items():
-            if local_metadata.get(name, value) != value:
-                errors.append(f"{prefix[:-1]} was quantized with {name} {local_metadata[name]}, this layer has {value}")
-        for plane in PLANES:
-            stored, own = state_dict.get(prefix + plane), getattr(self, plane)
-            if stored is not None and own is not None and stored.dtype != own.dtype:
-                errors.append(f"{prefix}{plane} is {stored.dtype}: it must be {own.dtype}")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
     def extra_repr(self) -> str:
-        bits = f"{self.bits}+{self.residual_bits}" if self.residual_bits else f"{self.bits}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={bits}, bits_per_weight={self.bits_per_weight:.3f}, seed={self.seed}"
+            f"bits={self.label}, bits_per_weight={self.bits_per_weight:.3f}, seed={self.seed}"
         )
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight: planes, scales and exponents over out_features * in_features."""
-        return 8 * self.packed.nbytes / (self.in_features * self.out_features)
-
-    def reset_parameters(self) -> None:
-        """Does nothing: the weights are data, and re-initialising a loaded layer would destroy them."""
 
 
 def is_conv1d(module: nn.Module) -> bool:

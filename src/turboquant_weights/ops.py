@@ -31,6 +31,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"linear_input_gradient(Tensor grad, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
+_LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 
 def _on_planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -75,6 +76,24 @@ def _linear_input_gradient(
     packed = PackedWeight(codes, residual, scales, exponents)
     layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
     return reference.linear_input_gradient(grad, packed, in_features, **layout)
+
+
+def _embedding(
+    ids: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    packed = PackedWeight(codes, residual, scales, exponents)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    return reference.embedding(ids, packed, in_features, **layout, dtype=dtype)
 
 
 @functools.cache
@@ -126,6 +145,7 @@ _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
+_LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("turboquant_weights::linear", lib=_LIBRARY)
@@ -136,6 +156,11 @@ def _(x, codes, residual, scales, exponents, bias, in_features, bits, residual_b
 @torch.library.register_fake("turboquant_weights::linear_input_gradient", lib=_LIBRARY)
 def _(grad, codes, residual, scales, exponents, in_features, bits, residual_bits, group_size, seed):
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("turboquant_weights::embedding", lib=_LIBRARY)
+def _(ids, codes, residual, scales, exponents, in_features, bits, residual_bits, group_size, seed, dtype):
+    return codes.new_empty((*ids.shape, in_features), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,3 +200,4 @@ torch.library.register_autograd(
 )
 
 linear = torch.ops.turboquant_weights.linear
+embedding = torch.ops.turboquant_weights.embedding

@@ -306,6 +306,29 @@ def dequantize_weight(
     return torch.cat(out)
 
 
+def embedding(
+    ids: Tensor,
+    packed: PackedWeight,
+    embedding_dim: int,
+    *,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``W[ids]`` of ``dtype`` for ids of any shape: only the planes of those rows are read and decoded."""
+    flat = ids.reshape(-1)
+    rows = PackedWeight(
+        packed.codes.index_select(0, flat),
+        None if packed.residual is None else packed.residual.index_select(0, flat),
+        packed.scales.index_select(0, flat),
+        packed.exponents.index_select(0, flat),
+    )
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+    return dequantize_weight(rows, embedding_dim, **layout, dtype=dtype).view(*ids.shape, embedding_dim)
+
+
 @keeps_precision
 def linear(
     x: Tensor,

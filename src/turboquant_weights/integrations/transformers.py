@@ -55,7 +55,8 @@ from ..checkpoint import (
 from ..config import QUANT_METHOD, TurboQuantConfig
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..header import TensorInfo, read_header
-from ..linear import PLANES, TurboQuantLinear, is_conv1d, is_linear
+from ..linear import TurboQuantLinear, is_conv1d, is_linear
+from ..planes import PLANES
 from ..reference import MAX_EXPONENT
 from .model_card import LOAD_WITH, model_card
 

@@ -1,0 +1,279 @@
+"""``TurboQuantEmbedding``: a drop-in for ``torch.nn.Embedding`` that decodes the rows it is asked for.
+
+A lookup gathers the planes of its rows, decodes them and rotates them back: the work grows with the tokens, not with the
+vocabulary. The planes are those of a linear layer with the same weight, so an output head tied to the embedding runs on
+the very same parameters.
+
+Models have embeddings of their own that scale or shift what ``nn.Embedding`` returns. Their quantized form keeps their
+class: ``quantized_class`` puts :class:`TurboQuantEmbedding` behind it in the method resolution order, where their
+``super().forward(ids)`` finds the quantized lookup.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from . import ops, reference
+from .config import TurboQuantConfig
+from .errors import QuantizationError
+from .planes import PLANES, PackedPlanes
+from .reference import PackedWeight
+
+
+class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
+    """``weight[ids]`` with ``weight`` [num_embeddings, embedding_dim] in ``config.bits + config.residual_bits`` bits.
+
+    Parameters as in :class:`TurboQuantLinear`; there is no bias. The result has the dtype of the dense weight that this
+    module stands for (``dense_dtype``, which follows ``.to(dtype)``). ``weight`` decodes everything when it is first used.
+
+    Args:
+        num_embeddings: n. embedding_dim: k. padding_idx: kept as an attribute; its row is stored like the others.
+        config: bits, residual bits, group size and seed.
+        device, dtype: of the new planes (zeros), and of the result.
+    """
+
+    # The class that a dense embedding of this kind has.
+    dense_class: type[nn.Embedding] = nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        config: TurboQuantConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Embedding's: it would allocate the dense weight
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm: float | None = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self._init_planes(config or TurboQuantConfig(), device, dtype)
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, config: TurboQuantConfig | None = None, *, name: str = "embedding"
+    ) -> TurboQuantEmbedding:
+        """Quantizes an ``nn.Embedding`` or a subclass of it, whose class and attributes the result keeps.
+
+        ``name`` is used in errors; the relative squared error of the weight is left in ``quantization_error``.
+
+        Raises:
+            QuantizationError: the module has ``max_norm`` or replaces what ``nn.Embedding`` computes in a way that the
+                quantized one does not follow, or its weight has NaN or Inf (with the position).
+        """
+        config = config or TurboQuantConfig()
+        check_embedding(embedding, name)
+        if embedding.weight.is_meta:
+            raise QuantizationError(f"{name}: the weight is on the meta device: load the model before quantizing it")
+        quantized = reference.quantize_weight(
+            embedding.weight,
+            bits=config.bits,
+            residual_bits=config.residual_bits,
+            group_size=config.group_size,
+            seed=config.seed,
+            name=name,
+        )
+        out = cls.from_packed(quantized.weight, embedding, config)
+        out.quantization_error = quantized.error
+        if type(embedding) is not nn.Embedding:
+            _check_forward(out, name)
+        return out
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, like: nn.Embedding, config: TurboQuantConfig) -> TurboQuantEmbedding:
+        """Wraps existing planes without copying them, in a module with the class and the attributes of ``like``."""
+        out = cls.like(like, config)
+        out._set_planes(packed)
+        return out
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, config: TurboQuantConfig) -> TurboQuantEmbedding:
+        """A module with the class and the attributes of ``embedding``, and planes on the meta device."""
+        out = _new(type(embedding))
+        vars(out).update(_state(embedding))
+        del out._parameters["weight"]
+        out._init_planes(config, "meta", embedding.weight.dtype)
+        return out
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The dense module that this one stands for, of the class it was made from."""
+        out = self.dense_class.__new__(self.dense_class)
+        own = ("bits", "residual_bits", "group_size", "seed", "quantization_error", "dense_dtype")
+        vars(out).update({key: value for key, value in _state(self).items() if key not in own})
+        for plane in PLANES:
+            del out._parameters[plane]
+        out.weight = nn.Parameter(self.dequantize(dtype))
+        return out
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight, rebuilt when something else than its dtype, device or shape is asked for. Not stored."""
+        if torch.compiler.is_compiling():
+            return self._lookup(torch.arange(self.num_embeddings, device=self.codes.device))
+        return LazyWeight(self.dequantize, torch.Size(self._shape), self.dense_dtype, self.codes.device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input``: int32 or int64 ids of any shape; returns [*input.shape, embedding_dim] of ``dense_dtype``.
+
+        An id below 0 or above ``num_embeddings - 1`` is an IndexError on the CPU and a device assertion on a GPU, as in
+        ``nn.Embedding``.
+        """
+        if input.dtype not in (torch.int32, torch.int64):
+            raise QuantizationError(f"TurboQuantEmbedding got ids of {input.dtype}: int32 or int64 is needed")
+        return self._lookup(input)
+
+    def _lookup(self, ids: Tensor) -> Tensor:
+        return ops.embedding(
+            ids,
+            self.codes,
+            self.residual,
+            self.scales,
+            self.exponents,
+            self.embedding_dim,
+            self.bits,
+            self.residual_bits,
+            self.group_size,
+            self.seed,
+            self.dense_dtype,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made by quantized_class have no name that pickle could import.
+        return _new, (self.dense_class,), vars(self)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, bits={self.label}, "
+            f"bits_per_weight={self.bits_per_weight:.3f}, seed={self.seed}"
+        )
+
+
+class LazyWeight(Tensor):
+    """A weight that is decoded when its values are first needed, and then kept as long as this object lives.
+
+    Scaled embeddings read ``self.weight.dtype`` in every forward, which must not decode a whole vocabulary.
+    """
+
+    _is_hf_initialized = True  # Transformers leaves weights with this mark alone
+    _decode: Callable[[], Tensor]
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[LazyWeight], decode: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> LazyWeight:
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        out._decode, out._dense = decode, None
+        return out
+
+    def dense(self) -> Tensor:
+        """The ordinary tensor."""
+        if self._dense is None:
+            self._dense = self._decode()
+        return self._dense
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KNOWN_WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_KNOWN_WITHOUT_VALUES = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "requires_grad")),
+    *(
+        getattr(Tensor, name)
+        for name in ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__")
+    ),
+}
+
+
+@functools.cache
+def quantized_class(dense_class: type[nn.Embedding]) -> type[TurboQuantEmbedding]:
+    """The class of the quantized form of ``dense_class``: a subclass of it and of :class:`TurboQuantEmbedding`."""
+    if dense_class is nn.Embedding:
+        return TurboQuantEmbedding
+    content = {"dense_class": dense_class, "__module__": __name__, "__doc__": f"``{dense_class.__name__}``, quantized."}
+    return type(f"TurboQuant{dense_class.__name__}", (dense_class, TurboQuantEmbedding), content)
+
+
+def check_embedding(module: nn.Module, name: str) -> None:
+    """Raises a QuantizationError if ``module`` is no embedding that can be quantized; its weight is not looked at."""
+    if not isinstance(module, nn.Embedding) or isinstance(module, PackedPlanes):
+        raise QuantizationError(f"{name} is a {type(module).__name__}: only a dense nn.Embedding can be quantized as one")
+    if module.max_norm is not None:
+        raise QuantizationError(
+            f"{name} has max_norm {module.max_norm}: it changes its weight at every lookup, which packed planes cannot. "
+            "Leave it out of embeddings"
+        )
+    if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise QuantizationError(
+            f"{name} has a forward or a weight of its own making (hooks that move weights, a parametrization): quantize "
+            "before adding these, or leave it out of embeddings"
+        )
+
+
+def _new(dense_class: type[nn.Embedding]) -> TurboQuantEmbedding:
+    cls = quantized_class(dense_class)  # type: ignore[arg-type]  # classes are hashable
+    return cls.__new__(cls)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module; its registries of parameters, buffers and hooks are copies."""
+    return {key: copy.copy(value) if isinstance(value, (dict, set)) else value for key, value in vars(module).items()}
+
+
+@torch.no_grad()
+def _check_forward(quantized: TurboQuantEmbedding, name: str) -> None:
+    """Compares a few lookups with those of the original class on the decoded weight: it may not call ``super().forward``."""
+    n = quantized.num_embeddings
+    rows = {0, n // 2, n - 1, *([] if quantized.padding_idx is None else [quantized.padding_idx])}
+    ids = torch.tensor([sorted(rows)], device=quantized.codes.device)
+    results = []
+    try:
+        for module in (quantized.to_embedding(), quantized):
+            probe = copy.copy(module)
+            # While a model loads, buffers (a scale) may not be there yet; what they hold does not matter here.
+            probe._buffers = {key: _ones_for_meta(buffer, ids.device) for key, buffer in module._buffers.items()}
+            results.append(probe(ids))
+        expected, got = results
+        # Equal up to the rounding of sums of another order; a factor that one of them lacks is far outside.
+        error, norm = (got.double() - expected.double()).norm(), expected.double().norm()
+        agrees = got.shape == expected.shape and got.dtype == expected.dtype and bool(error <= 0.02 * norm)
+    except Exception as error:
+        raise QuantizationError(f"{name}, {_WHICH.format(quantized.dense_class.__name__)} raised {error!r}") from error
+    if not agrees:
+        raise QuantizationError(f"{name}, {_WHICH.format(quantized.dense_class.__name__)} computes something else")
+
+
+_WHICH = (
+    "a {}, cannot be quantized: only embeddings whose forward takes ids and builds on nn.Embedding's can. Leave it out of "
+    "embeddings. With packed planes, it"
+)
+
+
+def _ones_for_meta(buffer: Tensor | None, device: torch.device) -> Tensor | None:
+    return torch.ones_like(buffer, device=device) if buffer is not None and buffer.is_meta else buffer
