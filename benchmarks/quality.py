@@ -47,7 +47,8 @@ from torch import Tensor, nn
 
 import turboquant_weights
 from turboquant_weights import TurboQuantConfig, quantize_model
-from turboquant_weights.evaluation import calibration_text, evaluate, noise_floor, text_windows
+from turboquant_weights.calibration import calibration_text
+from turboquant_weights.evaluation import evaluate, noise_floor, text_windows
 from turboquant_weights.integrations.transformers import load_dense
 
 DATA_FREE = ("2", "3", "4", "4+1", "4+2", "4+3", "4+4")

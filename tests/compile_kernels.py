@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, dequantize, rotate, splitk
+from turboquant_weights.kernels import decode, dequantize, feedback, rotate, splitk
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
@@ -43,6 +43,9 @@ def main(capability: int) -> None:
     activations = POINTERS | dict(x="*bf16")
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)
     build(rotate.rotate_kernel, capability, 4, activations, TILES=64)
+    floats = dict.fromkeys(("block", "scale", "factor", "boundaries", "levels", "errors", "losses"), "*fp32")
+    for log_levels in (2, 4, 8):
+        build(feedback.feed_back_kernel, capability, 4, floats | dict(codes="*u8"), LOG_LEVELS=log_levels, ROWS=32)
 
 
 main(int(sys.argv[1]))

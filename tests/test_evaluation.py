@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from turboquant_weights import quantize_model
 from turboquant_weights.errors import ConfigError, TurboQuantError
 from turboquant_weights.evaluation import (
-    calibration_text,
     compare,
     evaluate,
     kl_divergence,
@@ -193,24 +191,6 @@ def test_sample_text_is_the_licensed_excerpt() -> None:
     assert text.startswith(" = Robert Boulter = \n")
     assert "\n = Du Fu = \n" in text
     assert 16_000 < len(text.encode()) < 40_000
-
-
-def test_calibration_text_is_natural_and_mixed() -> None:
-    text = calibration_text()
-    assert 500_000 < len(text) < 700_000
-    assert not re.search(r"<unk>|@[-,.]@|[a-z] [,;] [a-z]|[a-z] '(s|t) [a-z]", text), "WikiText's tokens are not joined"
-    # Every quarter has encyclopaedia, dialogue, documentation and source.
-    for start in range(0, 4 * (len(text) // 4), len(text) // 4):
-        quarter = text[start : start + len(text) // 4]
-        for sign in ("Elizabeth", "\n    def ", ".. ", "km"):
-            assert sign in quarter, (start, sign)
-
-
-def test_calibration_text_is_not_the_evaluation_text() -> None:
-    """No run of eight words of the test split's excerpt, whatever the spacing, is in the calibration text."""
-    words, calibration = (re.findall(r"\w+", t.lower()) for t in (sample_text(), calibration_text()))
-    runs = {tuple(calibration[i : i + 8]) for i in range(len(calibration) - 7)}
-    assert not [words[i : i + 8] for i in range(len(words) - 7) if tuple(words[i : i + 8]) in runs]
 
 
 def test_layer_errors_are_those_of_the_report() -> None:

@@ -272,3 +272,21 @@ def test_split_k_under_concurrent_streams():
             outs.append(kernels.linear(x, packed, bias, 1024, **layout))
     torch.cuda.synchronize()
     assert all(torch.equal(want, out) for out in outs)
+
+
+@pytest.mark.parametrize(("bits", "residual_bits"), [(2, 0), (3, 1), (4, 0), (4, 4)])
+def test_feedback_of_a_block_is_that_of_the_reference(bits, residual_bits):
+    """Same codes but for ties; losses against the reference, for a number of rows that no tile divides."""
+    from turboquant_weights import feedback
+    from turboquant_weights.codebook import boundary_tensor, level_tensor
+    from turboquant_weights.kernels import feedback as kernel
+
+    x = torch.randn(200, 32)
+    factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / 200), upper=True)
+    block, scale = torch.randn(70, 32) * 0.3, torch.rand(70, 3) * 0.01 + 0.004
+    scale[3] = 0
+    wanted = feedback.feed_back(block, scale, factor, bits, residual_bits)
+    tables = (boundary_tensor(bits, residual_bits, DEVICE), level_tensor(bits, residual_bits, DEVICE))
+    found = [t.cpu() for t in kernel.feed_back(block.to(DEVICE), scale.to(DEVICE), factor.to(DEVICE), *tables)]
+    assert (found[0] == wanted[0]).float().mean() > 0.999
+    torch.testing.assert_close(found[2], wanted[2], rtol=1e-3, atol=1e-5)

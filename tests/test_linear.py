@@ -349,7 +349,7 @@ def test_a_gpu_without_a_recent_triton_says_that_it_is_slow(monkeypatch, install
 
     monkeypatch.setattr(ops.importlib.metadata, "version", version)
     with pytest.warns(UserWarning, match=installed.split("+")[0] if installed else "Triton is not installed"):
-        assert not ops._has_triton.__wrapped__()
+        assert not ops.has_triton.__wrapped__()
 
 
 @pytest.mark.parametrize("installed", ["3.6.0", "3.10.1", "4.0"])
@@ -357,7 +357,7 @@ def test_a_recent_triton_is_used(monkeypatch, installed, recwarn):
     from turboquant_weights import ops
 
     monkeypatch.setattr(ops.importlib.metadata, "version", lambda name: installed)
-    assert ops._has_triton.__wrapped__()
+    assert ops.has_triton.__wrapped__()
     assert not recwarn.list
 
 

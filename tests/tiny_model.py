@@ -9,6 +9,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
+def tiny_llama(**settings: object) -> LlamaForCausalLM:
+    """A random Llama of two blocks in float32, by default with the head tied to the embedding."""
+    defaults = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))
+
+
 def write(folder: Path) -> Path:
     """Writes model and tokenizer (one token per character) to ``folder``; returns it."""
     torch.manual_seed(3)

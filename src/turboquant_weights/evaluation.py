@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import lzma
 import math
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -59,14 +58,6 @@ class Evaluation:
 def sample_text() -> str:
     """The text that comes with the package: two articles of WikiText-2's test split, about 30 KB (data/NOTICE)."""
     return (resources.files(__package__) / "data" / "wikitext-2-excerpt.txt").read_text(encoding="utf-8")
-
-
-def calibration_text() -> str:
-    """The text that calibration uses unless another is given, about 600 KB: two thirds WikiText-2's validation split, joined
-    to natural writing, the rest a novel, documentation and source code in short turns, so that any prefix has the same
-    mixture. benchmarks/calibration_text.py built it; data/NOTICE has the licences.
-    """
-    return lzma.decompress((resources.files(__package__) / "data" / "calibration.txt.xz").read_bytes()).decode("utf-8")
 
 
 def text_windows(

@@ -97,7 +97,7 @@ def _embedding(
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     """Whether the kernels can run. If not, the user learns once that this GPU computes with the slow reference."""
     installed = ""
     for distribution in ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
@@ -127,7 +127,7 @@ def _linear_kernels() -> Callable[..., Tensor]:
 
 def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
     # Documented: float64 computes with the reference, and so does a machine without Triton, which says so.
-    if x.dtype == torch.float64 or not _has_triton():
+    if x.dtype == torch.float64 or not has_triton():
         return _linear(x, *arguments)
     return _linear_kernels()(x, *arguments)
 

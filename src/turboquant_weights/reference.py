@@ -18,6 +18,8 @@ ranking that reads each entry's error from a table over magnitudes (one ``embedd
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,7 +54,7 @@ _WINDOW = {
 }
 _BINS = 2048
 _EXACT = 3
-_TOP = 11  # the largest scale value lies in [2**11, 2**12)
+TOP_OCTAVE = 11  # the largest scale value lies in [2**11, 2**12)
 # Of the int8 exponents, those above 100 are forbidden: decoded values and their sums over a block stay finite in float32.
 MIN_EXPONENT, MAX_EXPONENT = -128, 100
 
@@ -68,6 +70,26 @@ class PackedWeight(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self if t is not None)
+
+    @classmethod
+    def join(cls, parts: list[PackedWeight]) -> PackedWeight:
+        """One matrix from parts of its rows."""
+        residuals = [part.residual for part in parts if part.residual is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat(residuals) if residuals else None,
+            torch.cat([part.scales for part in parts]),
+            torch.cat([part.exponents for part in parts]),
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedWeight:
+        """``change`` applied to every plane."""
+        residual = None if self.residual is None else change(self.residual)
+        return PackedWeight(change(self.codes), residual, change(self.scales), change(self.exponents))
+
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Rows ``start`` to ``stop - 1`` as a matrix of their own."""
+        return self.map(lambda plane: plane[start:stop])
 
 
 class Quantized(NamedTuple):
@@ -92,6 +114,12 @@ def packed_shapes(
     return shapes
 
 
+def packed_bytes(out_features: int, in_features: int, bits: int, residual_bits: int) -> int:
+    """Stored bytes of one matrix: planes, scales and exponents."""
+    shapes = packed_shapes(out_features, in_features, bits, residual_bits).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
 @functools.cache
 def scale_values() -> tuple[int, ...]:
     """The 256 values of a scale byte, ascending: 0, 1, ..., 63, 64, 66, ..., 4032."""
@@ -99,17 +127,17 @@ def scale_values() -> tuple[int, ...]:
 
 
 @cached_constant
-def _scale_tensor(device: torch.device, dtype: torch.dtype) -> Tensor:
+def scale_tensor(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(scale_values(), dtype=dtype, device=device)
 
 
 @cached_constant
-def _scale_boundaries(device: torch.device) -> Tensor:
+def scale_boundaries(device: torch.device) -> Tensor:
     values = torch.tensor(scale_values(), dtype=torch.float32)
     return ((values[1:] + values[:-1]) / 2).to(device)
 
 
-def _nearest_index(x: Tensor, boundaries: Tensor) -> Tensor:
+def nearest_index(x: Tensor, boundaries: Tensor) -> Tensor:
     return torch.bucketize(x, boundaries, out_int32=True)
 
 
@@ -120,13 +148,13 @@ def _search_table(bits: int, residual_bits: int, device: torch.device) -> tuple[
     largest = 2 * UNIT[bits] * SCALE_BLOCK**0.5  # a block's RMS, in these units, is below 2 * UNIT
     magnitudes = (torch.arange(_BINS) + 0.5) * (largest / _BINS)
     ratio = magnitudes[:, None] / candidates[None, :]
-    nearest = level_tensor(bits, residual_bits)[_nearest_index(ratio, boundary_tensor(bits, residual_bits)).long()]
+    nearest = level_tensor(bits, residual_bits)[nearest_index(ratio, boundary_tensor(bits, residual_bits)).long()]
     errors = ((ratio - nearest) * candidates[None, :]).square()
     return candidates.to(device), errors.to(device), _BINS / largest
 
 
-def _rank_scales(blocks: Tensor, rms: Tensor, bits: int, residual_bits: int) -> Tensor:
-    """Blocks [b, 32] with their RMS [b]: the most promising scales [b, 3], best first (of a zero block: zeros)."""
+def rank_scales(blocks: Tensor, rms: Tensor, bits: int, residual_bits: int, count: int = _EXACT) -> Tensor:
+    """Blocks [b, 32] with their RMS [b]: the most promising scales [b, count], best first (of a zero block: zeros)."""
     candidates, errors, bins_per_unit = _search_table(bits, residual_bits, blocks.device)
     unit_rms = rms / UNIT[bits]
     octave = torch.exp2(torch.frexp(unit_rms)[1].float() - 1)  # power of two: unit_rms / octave lies in [1, 2)
@@ -136,7 +164,7 @@ def _rank_scales(blocks: Tensor, rms: Tensor, bits: int, residual_bits: int) -> 
     low, high = _WINDOW[bits + residual_bits]
     fraction = candidates[None, :] * (octave / unit_rms)[:, None]
     estimate.masked_fill_((fraction < low) | (fraction > high), torch.inf)
-    best = estimate.topk(_EXACT, 1, largest=False).indices
+    best = estimate.topk(count, 1, largest=False).indices
     return torch.where(rms > 0, octave, 0)[:, None] * candidates[best]
 
 
@@ -145,18 +173,18 @@ def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor,
     int32 [r], squared error float32 [r]."""
     table = level_tensor(bits, residual_bits, rows.device)
     boundaries = boundary_tensor(bits, residual_bits, rows.device)
-    values = _scale_tensor(rows.device, torch.float32)
+    values = scale_tensor(rows.device, torch.float32)
     blocks = rows.view(-1, SCALE_BLOCK)
-    ranked = _rank_scales(blocks, blocks.square().mean(1).sqrt(), bits, residual_bits)
+    ranked = rank_scales(blocks, blocks.square().mean(1).sqrt(), bits, residual_bits)
     largest = ranked[:, 0].view(rows.shape[0], -1).amax(1)
-    exponents = torch.where(largest > 0, torch.frexp(largest)[1] - 1 - _TOP, 0)
+    exponents = torch.where(largest > 0, torch.frexp(largest)[1] - 1 - TOP_OCTAVE, 0)
     per_block = torch.exp2(exponents.float()).repeat_interleave(rows.shape[1] // SCALE_BLOCK)
 
     best: tuple[Tensor, Tensor, Tensor] | None = None  # error, byte, index
     for choice in range(_EXACT):
-        byte = _nearest_index(ranked[:, choice] / per_block, _scale_boundaries(rows.device))
+        byte = nearest_index(ranked[:, choice] / per_block, scale_boundaries(rows.device))
         scale = (values[byte.long()] * per_block)[:, None]
-        index = _nearest_index(torch.where(scale > 0, blocks / scale, 0), boundaries)
+        index = nearest_index(torch.where(scale > 0, blocks / scale, 0), boundaries)
         error = (blocks - table[index.long()] * scale).square().sum(1)
         index = index.to(torch.uint8)
         if best is None:
@@ -193,6 +221,16 @@ def check_finite(tensor: Tensor, name: str) -> None:
     )
 
 
+def check_matrix(weight: Tensor, name: str) -> None:
+    """Raises QuantizationError unless ``weight`` is a non-empty, finite, floating-point matrix."""
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise QuantizationError(
+            f"{name}: got a {weight.dtype} tensor of shape {tuple(weight.shape)}: "
+            "a non-empty floating-point matrix [out_features, in_features] is needed"
+        )
+    check_finite(weight, f"{name}: weight")
+
+
 @torch.no_grad()
 def quantize_weight(
     weight: Tensor,
@@ -211,12 +249,7 @@ def quantize_weight(
     Raises:
         QuantizationError: not a matrix, not floating point, or an entry is NaN, infinite or above about 1e34.
     """
-    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
-        raise QuantizationError(
-            f"{name}: got a {weight.dtype} tensor of shape {tuple(weight.shape)}: "
-            "a non-empty floating-point matrix [out_features, in_features] is needed"
-        )
-    check_finite(weight, f"{name}: weight")
+    check_matrix(weight, name)
     k = weight.shape[1]
     columns, block = padded_features(k), rotation_block(k, group_size)
     parts = []
@@ -252,14 +285,7 @@ def quantize_weight(
         weights = torch.exp2(2 * shift.double())
         error += float((row_error.double() * weights).sum())
         norm += float((rows.square().sum(1).double() * weights).sum())
-    residuals = [part.residual for part in parts if part.residual is not None]
-    joined = PackedWeight(
-        torch.cat([part.codes for part in parts]),
-        torch.cat(residuals) if residuals else None,
-        torch.cat([part.scales for part in parts]),
-        torch.cat([part.exponents for part in parts]),
-    )
-    return Quantized(joined, error / norm if norm else 0.0)
+    return Quantized(PackedWeight.join(parts), error / norm if norm else 0.0)
 
 
 @cached_constant
@@ -281,7 +307,7 @@ def _decode_rows(packed: PackedWeight, bits: int, residual_bits: int, dtype: tor
         decoded = torch.nn.functional.embedding(codes.int(), table).flatten(-2)
     else:
         decoded = level_tensor(bits, 0, codes.device)[unpack(codes, bits).int()]
-    scale = _scale_tensor(codes.device, torch.float32)[packed.scales.int()]
+    scale = scale_tensor(codes.device, torch.float32)[packed.scales.int()]
     scale = torch.ldexp(scale, packed.exponents[:, None].int())
     blocks = decoded.unflatten(-1, (-1, SCALE_BLOCK)) * scale[..., None]
     return blocks.flatten(-2).to(dtype)
@@ -319,14 +345,26 @@ def embedding(
 ) -> Tensor:
     """``W[ids]`` of ``dtype`` for ids of any shape: only the planes of those rows are read and decoded."""
     flat = ids.reshape(-1)
-    rows = PackedWeight(
-        packed.codes.index_select(0, flat),
-        None if packed.residual is None else packed.residual.index_select(0, flat),
-        packed.scales.index_select(0, flat),
-        packed.exponents.index_select(0, flat),
-    )
+    rows = packed.map(lambda plane: plane.index_select(0, flat))
     layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
     return dequantize_weight(rows, embedding_dim, **layout, dtype=dtype).view(*ids.shape, embedding_dim)
+
+
+def relative_error(
+    weight: Tensor, packed: PackedWeight, *, bits: int, residual_bits: int, group_size: int, seed: int
+) -> float:
+    """``||W - W'||^2 / ||W||^2`` of planes that stand for ``weight`` [n, k]; 0 for a zero matrix."""
+    error = norm = 0.0
+    start = 0
+    for part in _row_chunks(packed):
+        rows = weight[start : start + part.scales.shape[0]].double()
+        start += part.scales.shape[0]
+        decoded = dequantize_weight(
+            part, weight.shape[1], bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed
+        )
+        error += float((rows - decoded).square().sum())
+        norm += float(rows.square().sum())
+    return error / norm if norm else 0.0
 
 
 @keeps_precision

@@ -1,0 +1,328 @@
+"""Calibrated quantization of a decoder: a text goes through the model block by block, and each layer is rounded for its
+inputs.
+
+Two streams of hidden states run side by side: the original one, and the one that the already quantized blocks produce.
+Inside a block the layers are taken in the order in which the block calls them, layers with the same input together; the
+second moments of what arrives at them now, and its drift from what arrived there originally, are all that
+:mod:`.feedback` needs. A finished block is replaced by its quantized layers, so memory falls as the work proceeds: one
+block, its copy and two sets of hidden states lie on the fast device, the model stays where it was.
+
+Nothing here knows an architecture. Layers outside the blocks that the tail calls (an output head of its own) come last;
+layers that the text does not reach are quantized without data, and the report says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import lzma
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import reference
+from .config import TurboQuantConfig
+from .errors import ConfigError
+from .feedback import Feedback, Moments, quantize_weight_calibrated
+from .linear import dense_weight, is_conv1d
+from .reference import Quantized, quantize_weight
+from .stream import Batch, BlockStream, Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What a calibrated quantization reads.
+
+    Args:
+        text: A string, several, a path of a UTF-8 file, token ids [s, l], or None for the text that the package ships
+        (about 1 MB:
+            encyclopedia, a novel, documentation, source code). The text should resemble what the model will see.
+        samples: Windows of the text that are used; a shorter text gives fewer. Time and memory are proportional.
+        sample_length: Tokens per window.
+        device: Where the blocks are worked on, e.g. ``"cuda"``; None: where the model is. The model itself may stay in main
+            memory: one block at a time is moved.
+        resume: A folder for finished blocks. An interrupted run that is repeated with the same folder continues there
+        and gives
+            the same result; delete it when the result is saved.
+    """
+
+    text: str | os.PathLike[str] | Sequence[str] | Tensor | None = None
+    samples: int = 128
+    sample_length: int = 1024
+    device: torch.device | str | None = None
+    resume: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.sample_length < 1:
+            raise ConfigError(f"{self.samples} samples of {self.sample_length} tokens: at least 1 of each is needed")
+
+    def tokens(self, tokenizer: Any) -> Tensor:
+        """int64 [s, l], s <= samples.
+
+        Raises:
+            ConfigError: no tokenizer where one is needed, or no token at all.
+        """
+        if isinstance(self.text, Tensor):
+            if self.text.dim() != 2 or self.text.is_floating_point() or 0 in self.text.shape:
+                raise ConfigError(
+                    f"calibration tokens are {self.text.dtype} of shape {tuple(self.text.shape)}: integers [s, l] are needed"
+                )
+            return self.text[: self.samples, : self.sample_length].long()
+        if tokenizer is None:
+            raise ConfigError("calibration with a text needs tokenizer=, or give token ids [s, l] instead of the text")
+        ids: list[int] = []
+        for text in self._texts():
+            ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return windows(torch.tensor(ids, dtype=torch.int64), self.sample_length, self.samples, first_token(tokenizer))
+
+    def _texts(self) -> list[str]:
+        if self.text is None:
+            return [calibration_text()]
+        if isinstance(self.text, str):
+            return [self.text]
+        if isinstance(self.text, os.PathLike):
+            try:
+                return [Path(self.text).read_text(encoding="utf-8")]
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{self.text} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        texts = list(self.text)
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError("calibration is a list with something else than strings in it: strings are needed")
+        return texts
+
+
+def calibration_text() -> str:
+    """The text that calibration uses unless another is given, about 1 MB of encyclopedia, novels, documentation and
+    source code in short turns, so that any prefix has the same mixture. benchmarks/calibration_text.py built it;
+    data/NOTICE has the licences.
+    """
+    data = (resources.files(__package__) / "data" / "calibration.txt.xz").read_bytes()
+    return lzma.decompress(data).decode("utf-8")
+
+
+def as_calibration(value: Any) -> Calibration:
+    """What users may write for ``calibration=``: a Calibration, True for the built-in text, or anything that is a text."""
+    if isinstance(value, Calibration):
+        return value
+    return Calibration(None if value is True else value)
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The BOS token, if the tokenizer starts a text with it."""
+    token = tokenizer.bos_token_id
+    return token if token is not None and tokenizer("a").input_ids[:1] == [token] else None
+
+
+def windows(ids: Tensor, length: int, count: int, first: int | None) -> Tensor:
+    """Cuts token ids [t] into at most ``count`` windows [s, length], each with ``first`` in front; a text too short for
+    one gives
+    one shorter window."""
+    if not len(ids):
+        raise ConfigError("the calibration text has no token: give a longer text")
+    step = min(length - (first is not None), len(ids)) or 1
+    cut = ids[: len(ids) // step * step].view(-1, step)[:count]
+    return cut if first is None else torch.cat([torch.full((len(cut), 1), first), cut], 1)
+
+
+# Called with (layer name, packed weight with its error, layer's config): puts the quantized layer in place.
+Install = Callable[[str, Quantized, TurboQuantConfig], None]
+
+
+class Calibrator:
+    """One run over the blocks of ``model``; see the module's docstring.
+
+    Args:
+        stream: Open, its batches in front of the first block, made while the model was dense.
+        configs: Name of each linear layer to quantize -> its settings.
+        install: Called once per layer.
+    """
+
+    def __init__(self, stream: BlockStream, configs: Mapping[str, TurboQuantConfig], install: Install) -> None:
+        self.stream = stream
+        self.configs = configs
+        self.install = install
+        self.names = {id(stream.model.get_submodule(name)): name for name in configs}
+        self.unreached: list[str] = []
+        # The stream's own batches carry the quantized model's hidden states.
+        self.original = [dataclasses.replace(batch) for batch in stream.batches]
+
+    def run(self, store: Any = None, *, progress: bool = True) -> None:
+        """Quantizes everything. ``store`` (see ``resume.py``) keeps finished blocks."""
+        done: set[str] = set()
+        bar = tqdm(range(len(self.stream.blocks)), desc="calibrating", unit="block", disable=not progress)
+        for index in bar:
+            with self.stream.block(index) as block:
+                layers = self._layers(block)
+                original = copy.deepcopy(block)
+                found = None if store is None else store.load(index, layers)
+                if found is None:
+                    found = self._quantize_block(index, block, original)
+                    if store is not None:
+                        store.save(index, found)
+                else:
+                    for name, quantized in found.items():
+                        self._decode_into(name, quantized)
+                self._advance(index, block, original)
+                del original
+                for name, quantized in found.items():
+                    self.install(name, quantized, self.configs[name])
+                    done.add(name)
+        self._quantize_tail([name for name in self.configs if name not in done])
+
+    def _layers(self, module: nn.Module) -> dict[str, nn.Module]:
+        return {self.names[id(child)]: child for child in module.modules() if id(child) in self.names}
+
+    @torch.no_grad()
+    def _quantize_block(self, index: int, block: nn.Module, original: nn.Module) -> dict[str, Quantized]:
+        layers = self._layers(block)
+        twins = dict(zip(map(id, block.modules()), original.modules(), strict=True))
+        found = self._quantize_in_order(
+            layers,
+            {name: twins[id(layer)] for name, layer in layers.items()},
+            lambda batch: self.stream.run(index, batch, block),
+            lambda batch: self.stream.run(index, batch, original),
+        )
+        for name in layers:
+            if name not in found:
+                self.unreached.append(name)
+                found[name] = self._quantize_alone(name)
+                self._decode_into(name, found[name])
+        return {name: found[name] for name in layers}
+
+    def _quantize_in_order(
+        self,
+        layers: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
+        run: Callable[[Batch], object],
+        run_original: Callable[[Batch], object],
+    ) -> dict[str, Quantized]:
+        """Quantizes the ``layers`` that ``run`` calls; ``run_original`` calls the ``originals`` of the same names."""
+        found: dict[str, Quantized] = {}
+        for group in input_groups(layers, lambda: run(self.stream.batches[0])):
+            moments: Moments | None = None
+            for now, before in zip(self.stream.batches, self.original, strict=True):
+                x = input_of(layers[group[0]], functools.partial(run, now))
+                if x is not None:
+                    moments = moments or Moments(x.shape[-1], x.device)
+                    moments.add(x, input_of(originals[group[0]], functools.partial(run_original, before)))
+            assert moments is not None
+            found.update(self._quantize_group(group, moments))
+        return found
+
+    def _quantize_group(self, group: Sequence[str], moments: Moments) -> dict[str, Quantized]:
+        """Layers with one input: those with the same settings are rounded as one matrix, rows being independent."""
+        found = {}
+        alike: dict[TurboQuantConfig, list[str]] = {}
+        for name in group:
+            alike.setdefault(self.configs[name], []).append(name)
+        feedback: dict[tuple[int, int], Feedback] = {}
+        for config, names in alike.items():
+            key = config.group_size, config.seed
+            if key not in feedback:
+                feedback[key] = moments.feedback(*key)
+            weights = [self._weight(name) for name in names]
+            planes = quantize_weight_calibrated(
+                torch.cat(weights), feedback[key], name=" and ".join(names), **layout(config)
+            )
+            start = 0
+            for name, weight in zip(names, weights, strict=True):
+                part = planes.rows(start, start + weight.shape[0])
+                start += weight.shape[0]
+                found[name] = Quantized(part, reference.relative_error(weight, part, **layout(config)))
+                self._decode_into(name, found[name])
+        return found
+
+    def _weight(self, name: str) -> Tensor:
+        return dense_weight(self.stream.model.get_submodule(name), name)
+
+    def _quantize_alone(self, name: str) -> Quantized:
+        return quantize_weight(self._weight(name), name=name, **layout(self.configs[name]))
+
+    def _decode_into(self, name: str, quantized: Quantized) -> None:
+        """Lets the dense layer compute with the quantized weight: faster here than the quantized layer, and the same."""
+        module, config = self.stream.model.get_submodule(name), self.configs[name]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        shape = weight.T.shape if is_conv1d(module) else weight.shape
+        device = weight.device
+        planes = quantized.weight.map(lambda plane: plane.to(device))
+        decoded = reference.dequantize_weight(planes, shape[1], dtype=weight.dtype, **layout(config))
+        # A new parameter: the old one may be shared with the copy that runs the original stream.
+        module.weight = nn.Parameter(decoded.T.contiguous() if is_conv1d(module) else decoded, requires_grad=False)
+
+    @torch.no_grad()
+    def _advance(self, index: int, block: nn.Module, original: nn.Module) -> None:
+        for now, before in zip(self.stream.batches, self.original, strict=True):
+            before.hidden = self.stream.run(index, before, original)
+            now.hidden = self.stream.run(index, now, block)
+
+    @torch.no_grad()
+    def _quantize_tail(self, rest: Sequence[str]) -> None:
+        """Linear layers after the blocks, with the final hidden states as input; whatever is left has no input at all."""
+        layers = {name: self.stream.model.get_submodule(name) for name in rest}
+
+        def run(batch: Batch) -> object:
+            return self.stream.tail(batch.tokens, batch.hidden)
+
+        found = self._quantize_in_order(layers, layers, run, run) if layers else {}
+        for name in rest:
+            if name not in found:
+                self.unreached.append(name)
+                found[name] = self._quantize_alone(name)
+            self.install(name, found[name], self.configs[name])
+
+
+def layout(config: TurboQuantConfig) -> dict[str, int]:
+    return dict(bits=config.bits, residual_bits=config.residual_bits, group_size=config.group_size, seed=config.seed)
+
+
+@torch.no_grad()
+def input_groups(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
+    """The layers that ``run`` calls, in the order of their first calls; those called with the same tensor are one group."""
+    groups: list[tuple[Tensor, list[str]]] = []
+    seen: set[str] = set()
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        for known, names in groups:
+            if known is args[0]:
+                names.append(name)
+                return
+        groups.append((args[0], [name]))
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: note(name, args)) for name, module in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [names for _, names in groups]
+
+
+def input_of(layer: nn.Module, run: Callable[[], object]) -> Tensor | None:
+    """What ``layer`` is called with first while ``run`` runs, which ends there; None if it is not called."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise Stop
+
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        run()
+    except Stop:
+        return seen[0]
+    finally:
+        handle.remove()
+    return None

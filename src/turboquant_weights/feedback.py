@@ -1,0 +1,254 @@
+"""Calibrated rounding of one matrix: error feedback in the rotated basis (GPTQ, Frantar et al. 2022; LDLQ, Chee et al.
+2023).
+
+What: rounding ``W`` [n, k] for inputs ``x`` changes the output by ``(W - W') x``, on average over a text by ``tr((W -
+W') H (W - W')^T)`` with ``H = E[x x^T]``. Columns are rounded in order, and the error of each is made up for in the
+columns still to come: with ``U`` the upper Cholesky factor of ``H^-1``, ``W[:, j:] -= (w_j - q_j) / U_jj * U[j, j:]``.
+Afterwards the loss is the sum of ``((w_j - q_j) / U_jj)^2``, a plain sum over columns: that is what makes a good choice
+of scales possible.
+
+Ours: it runs in the basis in which weights are stored. The rotation makes the diagonal of ``H`` flat, so no order of
+columns is better than the natural one, and keeps compensated weights Gaussian, so the fixed codebook stays right. The
+scale of a block of 32 columns is chosen when the block's turn comes, on its compensated weights, by running the
+feedback inside the block for several candidates at once and keeping the one whose loss is smallest: the search sees
+``H``, not only the weights.
+
+Drift: the inputs of a layer have changed, since the layers before it are quantized already. With ``x`` the original
+inputs and ``x'`` what arrives now, the best target is not ``W`` but the ``W*`` that minimises ``E |W x - W* x'|^2``,
+i.e. ``W + W (C - H) H^-1`` with ``C = E[x x'^T]`` and ``H = E[x' x'^T]`` (as in GPTAQ, Li et al. 2025, and Qronos,
+Zhang et al. 2025). Rounding then makes up for earlier errors, too.
+
+Cost: ``n k^2`` multiply-adds for the updates and ``k^3`` for the factors, in float32 (factors of up to 4,096 columns in
+float64).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codebook import boundary_tensor, level_tensor
+from .errors import QuantizationError
+from .ops import has_triton
+from .packing import pack
+from .reference import (
+    MAX_EXPONENT,
+    MIN_EXPONENT,
+    TOP_OCTAVE,
+    PackedWeight,
+    check_matrix,
+    nearest_index,
+    rank_scales,
+    scale_boundaries,
+    scale_tensor,
+)
+from .rotation import SCALE_BLOCK, pad_columns, padded_features, rotate, rotation_block
+
+DAMPING = 0.01  # of the mean diagonal of H; ten times more for each factorisation that fails
+_ATTEMPTS = 6
+_CANDIDATES = 4  # scales per block for which the feedback is run
+_LARGEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
+_ROWS = 8192  # rows at a time: bounds the temporary memory of the search
+
+
+class Moments:
+    """Second moments of the inputs of a layer over a text, accumulated in float32: ``H = E[x' x'^T]``, ``C = E[x x'^T]``."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.now = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.drift = torch.zeros_like(self.now)  # C - H
+        self.count = 0
+
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+        """``inputs`` [..., k] as they arrive now; ``original``, of the same shape, before anything was quantized."""
+        inputs = inputs.reshape(-1, self.now.shape[0]).float()
+        self.now.addmm_(inputs.T, inputs)
+        if original is not None:
+            self.drift.addmm_((original.reshape(inputs.shape).float() - inputs).T, inputs)
+        self.count += inputs.shape[0]
+
+    def feedback(self, group_size: int, seed: int) -> Feedback:
+        """What :func:`quantize_weight_calibrated` needs, for layers with these inputs."""
+        hessian = rotated_moments(self.now, group_size, seed)
+        factor, scale = feedback_factor(hessian)
+        if not self.drift.any():
+            return Feedback(factor, None)
+        # W + W (C - H) H^-1 is a regression of k unknowns per output on `count` samples: with few samples it would fit
+        # noise, so its damping has the share k / count in addition.
+        dtype = _working_dtype(factor.shape[0])
+        damped = hessian.to(dtype) / scale
+        damped.diagonal().add_(DAMPING + factor.shape[0] / self.count)
+        drift = rotated_moments(self.drift, group_size, seed).to(dtype) / scale
+        correction = torch.cholesky_solve(drift.T, torch.linalg.cholesky(damped)).T
+        return Feedback(factor, correction.float())
+
+
+class Feedback(NamedTuple):
+    """Of a layer's rotated inputs: ``factor`` ``U`` [c, c]; ``correction`` [c, c]: the target is ``W + W correction``."""
+
+    factor: Tensor
+    correction: Tensor | None
+
+
+def rotated_moments(moments: Tensor, group_size: int, seed: int) -> Tensor:
+    """Second moments [k, k] of a layer's inputs -> those of the padded, rotated ones [c, c]. Same dtype."""
+    columns, block = padded_features(moments.shape[0]), rotation_block(moments.shape[0], group_size)
+    half = rotate(pad_columns(moments, columns), block, seed)
+    return rotate(pad_columns(half.T.contiguous(), columns), block, seed).T.contiguous()
+
+
+def _working_dtype(size: int) -> torch.dtype:
+    return torch.float64 if size <= _LARGEST_DOUBLE else torch.float32
+
+
+def feedback_factor(hessian: Tensor) -> tuple[Tensor, float]:
+    """Upper Cholesky factor ``U`` [c, c] of ``(H / scale + damping)^-1 = U^T U`` in float32, and ``scale``, the mean
+    diagonal.
+
+    Inputs that never occurred (a zero diagonal) and rank-deficient Hessians (one token of text) are what the damping is
+    for: it grows until the factorisation succeeds.
+
+    Raises:
+        QuantizationError: ``hessian`` has a NaN or Inf, or cannot be factorised whatever the damping.
+    """
+    if not torch.isfinite(hessian).all():
+        raise QuantizationError(
+            "the second moments of the calibration inputs have NaN or Inf: the model overflows in its dtype; load it in "
+            "bfloat16 or float32"
+        )
+    size = hessian.shape[0]
+    work = hessian.to(_working_dtype(size))
+    mean = float(work.diagonal().mean())
+    if mean <= 0:  # no input at all: nothing to feed back
+        return torch.eye(size, dtype=torch.float32, device=hessian.device), 1.0
+    work = work / mean
+    damping = DAMPING
+    for _ in range(_ATTEMPTS):
+        damped = work + damping * torch.eye(size, dtype=work.dtype, device=work.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper.float(), mean
+        damping *= 10
+    raise QuantizationError(
+        f"the second moments of {size} calibration inputs cannot be factorised, even with {damping / 10:g} times "
+        "their mean added to the diagonal: check the model for overflow"
+    )
+
+
+@torch.no_grad()
+def quantize_weight_calibrated(
+    weight: Tensor,
+    feedback: Feedback,
+    *,
+    bits: int = 4,
+    residual_bits: int = 0,
+    group_size: int = 128,
+    seed: int = 0,
+    name: str = "weight",
+) -> PackedWeight:
+    """Quantizes ``weight`` [n, k] with the error feedback of :meth:`Moments.feedback`.
+
+    The relative error of the weight is higher than that of ``reference.quantize_weight``: it is the error of the outputs
+    that is lower.
+
+    Raises:
+        QuantizationError: as ``reference.quantize_weight``.
+    """
+    check_matrix(weight, name)
+    k = weight.shape[1]
+    columns, block = padded_features(k), rotation_block(k, group_size)
+    factor, correction = feedback
+    assert factor.shape == (columns, columns), f"factor {tuple(factor.shape)} for {columns} columns"
+    parts = []
+    for rows in weight.split(_ROWS):
+        rows = rows.float()
+        shift = torch.frexp(rows.abs().amax(1))[1].clamp(-126, 126)
+        rows = rotate(pad_columns(rows * torch.exp2(-shift.float())[:, None], columns), block, seed)
+        if correction is not None:
+            rows = rows + rows @ correction
+        index, scales, exponents = _quantize_rows(rows, factor, bits, residual_bits)
+        exponents = exponents + shift
+        if int(exponents.max()) > MAX_EXPONENT:
+            raise QuantizationError(
+                f"{name}: entries up to {float(weight.abs().max()):.3g} are too large: about 1e34 is the limit. "
+                "Repair the checkpoint, or leave the layer out with skip=[...]"
+            )
+        scales = torch.where((exponents < MIN_EXPONENT)[:, None], 0, scales)
+        exponents = exponents.clamp(min=MIN_EXPONENT).to(torch.int8)
+        residual = pack(index & ((1 << residual_bits) - 1), residual_bits) if residual_bits else None
+        parts.append(PackedWeight(pack(index >> residual_bits, bits), residual, scales, exponents))
+    return PackedWeight.join(parts)
+
+
+def _quantize_rows(rows: Tensor, factor: Tensor, bits: int, residual_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated float32 rows [r, c] -> index uint8 [r, c], scales uint8 [r, c / 32], exponents int32 [r]."""
+    rows = rows.clone()
+    count, columns = rows.shape
+    values = scale_tensor(rows.device, torch.float32)
+    index = torch.empty(count, columns, dtype=torch.uint8, device=rows.device)
+    scales = torch.empty(count, columns // SCALE_BLOCK, dtype=torch.uint8, device=rows.device)
+    exponents = _row_exponents(rows, bits, residual_bits)
+    power = torch.exp2(exponents.float())
+    for start in range(0, columns, SCALE_BLOCK):
+        stop = start + SCALE_BLOCK
+        block = rows[:, start:stop].contiguous()
+        ranked = rank_scales(block, block.square().mean(1).sqrt(), bits, residual_bits, _CANDIDATES)
+        byte = nearest_index(ranked / power[:, None], scale_boundaries(rows.device))
+        codes, errors, losses = feed_back(
+            block, values[byte.long()] * power[:, None], factor[start:stop, start:stop], bits, residual_bits
+        )
+        best = losses.argmin(1)
+        every = torch.arange(count, device=rows.device)
+        index[:, start:stop] = codes[every, best]
+        scales[:, start // SCALE_BLOCK] = byte[every, best].to(torch.uint8)
+        if stop < columns:
+            rows[:, stop:].addmm_(errors[every, best], factor[start:stop, stop:], alpha=-1)
+    return index, *_normalized(scales, exponents)
+
+
+def feed_back(block: Tensor, scale: Tensor, factor: Tensor, bits: int, residual_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds the 32 columns of ``block`` [r, 32] in order, for each of the candidate scales [r, s].
+
+    Returns codes uint8 [r, s, 32], errors over the diagonal of ``factor`` [32, 32] float32 [r, s, 32], losses [r, s].
+    """
+    table = level_tensor(bits, residual_bits, block.device)
+    boundaries = boundary_tensor(bits, residual_bits, block.device)
+    if block.device.type == "cuda" and has_triton():
+        from .kernels import feedback as kernel
+
+        return kernel.feed_back(block, scale, factor, boundaries, table)
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    # Columns first: what one step reads and writes is contiguous.
+    left = block.T[:, :, None].expand(-1, -1, scale.shape[1]).contiguous()
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=block.device)
+    errors = torch.empty_like(left)
+    diagonal = factor.diagonal().tolist()
+    for j in range(SCALE_BLOCK):
+        nearest = nearest_index(left[j] * inverse, boundaries)
+        codes[j] = nearest
+        errors[j] = (left[j] - table[nearest] * scale) / diagonal[j]
+        if j + 1 < SCALE_BLOCK:
+            left[j + 1 :].sub_(factor[j, j + 1 :, None, None] * errors[j])
+    return codes.permute(1, 2, 0), errors.permute(1, 2, 0), errors.square().sum(0)
+
+
+def _row_exponents(rows: Tensor, bits: int, residual_bits: int) -> Tensor:
+    """A power of two per row under which its largest scale lies one octave below the top: compensation makes some grow."""
+    blocks = rows.view(-1, SCALE_BLOCK)
+    first = rank_scales(blocks, blocks.square().mean(1).sqrt(), bits, residual_bits, 1)
+    largest = first.view(rows.shape[0], -1).amax(1)
+    return torch.where(largest > 0, torch.frexp(largest)[1] - TOP_OCTAVE, 0)
+
+
+def _normalized(scales: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves each row's scales up by octaves until the largest lies in the top one, as far as that is exact: it always is."""
+    for _ in range(TOP_OCTAVE + 1):
+        low = (scales.amax(1) < 224) & (scales.amax(1) > 0)  # byte 224 is the first of the top octave
+        doubled = torch.where(scales >= 32, scales + 32, 2 * scales)
+        scales = torch.where(low[:, None], doubled, scales)
+        exponents = exponents - low.int()
+    return scales, torch.where(scales.amax(1) > 0, exponents, 0)

@@ -1,0 +1,168 @@
+"""How much each weight matters: the KL divergence that rounding a unit of weights will cost, before it is rounded.
+
+For a small change ``E`` of the weights, the KL divergence of the model from itself is ``1/2 vec(E)^T F vec(E)`` per
+token, with ``F`` the Fisher information. Rounding errors in the rotated basis are close to white, with a variance
+proportional to the row's mean square, so the expectation needs only the trace of ``F`` row by row::
+
+    KL(unit) = D * a,     a = 1/2 sum_rows E[sum_columns (dL / dW)^2] * ||w_row||^2 / k      per token
+
+with ``D`` the relative squared error of the codebook and ``L`` the log-likelihood of labels *drawn from the model
+itself*: for these the expected squared gradient is the Fisher information, whatever the text (the labels of the text
+would give another matrix). One backward pass over a few windows gives ``a`` of every unit at once; that small
+independent errors add up is HIGGS' linearity theorem (Malinovskii et al. 2024). For SmolLM2-135M at 4 bits without data
+the sum over all layers predicts 0.232 nats, and 0.236 are measured.
+
+The backward pass is streamed like the forward one: block by block, recomputing each block from its stored input, so
+that a model needs memory for one block and its gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .linear import is_conv1d
+from .stream import Batch, BlockStream
+
+_SEED = 0  # of the labels
+
+
+class Fisher:
+    """Sums of squared gradients by row of named weights, window by window."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = dict(weights)
+        self.sums = {name: torch.zeros(weight.shape[0], dtype=torch.float64) for name, weight in self.weights.items()}
+        self.tokens = 0
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        self.sums[name] += gradient.float().square().sum(1).double().cpu()
+
+    def sensitivities(self) -> dict[str, float]:
+        """``a`` of each weight: expected KL divergence in nats per token, per unit of relative squared error."""
+        out = {}
+        for name, weight in self.weights.items():
+            norms = weight.detach().float().square().mean(1).double().cpu()
+            out[name] = 0.5 * float((self.sums[name] * norms).sum()) / max(1, self.tokens)
+        return out
+
+
+def measure(
+    stream: BlockStream, linears: Mapping[str, nn.Module], embeddings: Mapping[str, nn.Embedding], *, progress: bool = True
+) -> dict[str, float]:
+    """Sensitivity of each linear layer and embedding, from the windows of ``stream``, whose hidden states are not changed.
+
+    Args:
+        stream: Open, in front of the first block; a few thousand tokens are enough. linears, embeddings: By name.
+        Layers outside the blocks count with what the tail's gradient says; those that the text does not
+            reach get 0. Tied weights get one gradient, the sum of both uses, under the name of either.
+    """
+    inside = {id(module) for block in stream.blocks for module in block.modules()}
+    outside = {name: module for name, module in {**linears, **embeddings}.items() if id(module) not in inside}
+    fisher = Fisher({name: _matrix(module) for name, module in {**linears, **embeddings}.items()})
+    names: list[dict[str, nn.Module]] = []
+    for block in stream.blocks:
+        members = {id(module) for module in block.modules()}
+        names.append({name: module for name, module in linears.items() if id(module) in members})
+    generator = torch.Generator(device=stream.device).manual_seed(_SEED)
+    windows = [(batch, i) for batch in stream.batches for i in range(batch.tokens.shape[0])]
+    with _frozen(stream.model):
+        for batch, i in tqdm(windows, desc="measuring sensitivities", unit="window", disable=not progress):
+            window = Batch(batch.tokens[i : i + 1], batch.hidden[i : i + 1], _one(batch.calls, batch.tokens.shape[0], i))
+            _backward(stream, window, names, outside, fisher, generator)
+    return fisher.sensitivities()
+
+
+def _backward(
+    stream: BlockStream,
+    window: Batch,
+    names: Sequence[Mapping[str, nn.Module]],
+    outside: Mapping[str, nn.Module],
+    fisher: Fisher,
+    generator: torch.Generator,
+) -> None:
+    inputs = []
+    with torch.no_grad():
+        for index in range(len(stream.blocks)):
+            inputs.append(window.hidden)
+            with stream.block(index):
+                window.hidden = stream.run(index, window)
+    outer = {name: _parameter(module) for name, module in outside.items()}
+    for weight in outer.values():
+        weight.requires_grad_(True)
+    hidden = window.hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = stream.tail(window.tokens, hidden).float().flatten(0, 1)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    wanted = [hidden, *outer.values()]
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    gradient, totals = gradients[0], dict(zip(outer, gradients[1:], strict=True))
+    del logits, loss
+    for index in range(len(stream.blocks) - 1, -1, -1):
+        with stream.block(index), torch.enable_grad():
+            window.hidden = inputs[index].detach().requires_grad_(True)
+            weights = {name: _parameter(module) for name, module in names[index].items()}
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            output = stream.run(index, window)
+            found = torch.autograd.grad(output, [window.hidden, *weights.values()], gradient, allow_unused=True)
+            gradient = found[0]
+            for name, value in zip(weights, found[1:], strict=True):
+                weights[name].requires_grad_(False)
+                if value is not None:
+                    fisher.add(name, value if value.shape == fisher.weights[name].shape else value.T)
+    with torch.enable_grad():
+        embedded = stream.embed(window.tokens)
+        if outer and embedded.requires_grad:
+            found = torch.autograd.grad(embedded, list(outer.values()), gradient, allow_unused=True)
+            for name, value in zip(outer, found, strict=True):
+                if value is not None:
+                    totals[name] = value if totals[name] is None else totals[name] + value
+    for name, value in totals.items():
+        outer[name].requires_grad_(False)
+        if value is not None:
+            fisher.add(name, value if value.shape == fisher.weights[name].shape else value.T)
+    fisher.tokens += window.tokens.numel()
+
+
+def _parameter(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    return _parameter(module).T if is_conv1d(module) else _parameter(module)
+
+
+def _one(calls: list[Any], samples: int, i: int) -> list[Any]:
+    """The calls of one sample of a batch: what has one entry per sample is cut, the rest is shared."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[i : i + 1] if value.dim() > 1 and value.shape[0] == samples and samples > 1 else value
+        if type(value) in (tuple, list):
+            return type(value)(cut(item) for item in value)
+        if type(value) is dict:
+            return {key: cut(item) for key, item in value.items()}
+        return value
+
+    return [cut(call) for call in calls]
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the block, unless it is asked for."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.requires_grad_(value)

@@ -1,0 +1,267 @@
+"""Calibrated rounding: the algebra against float64, the streams against the model, the whole against data-free rounding."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import tiny_llama
+from torch import Tensor, nn
+
+from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear, feedback, reference
+from turboquant_weights.calibration import Calibration, Calibrator, as_calibration, calibration_text, input_groups, windows
+from turboquant_weights.codebook import boundary_tensor, level_tensor
+from turboquant_weights.evaluation import sample_text
+from turboquant_weights.model import plan_layers, replace_module
+from turboquant_weights.rotation import rotate, rotation_block
+from turboquant_weights.stream import BlockStream, find_blocks
+
+PLANES = [(2, 0), (3, 1), (4, 0), (4, 2), (4, 4)]
+
+
+def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.diag(torch.rand(columns, generator=generator) * 3) + 0.2 * torch.randn(columns, columns, generator=generator)
+    return torch.randn(tokens, columns, generator=generator) @ mix
+
+
+def output_loss(weight: Tensor, packed: reference.PackedWeight, now: Tensor, before: Tensor, **layout: int) -> float:
+    """float64: mean square of ``W x - W' x'`` over that of ``W x``."""
+    decoded = reference.dequantize_weight(packed, weight.shape[1], **layout).double()
+    wanted = before.double() @ weight.double().T
+    return float((wanted - now.double() @ decoded.T).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize(("bits", "residual_bits"), PLANES)
+@pytest.mark.parametrize("columns", [96, 100])
+def test_feedback_lowers_the_error_of_the_outputs(bits: int, residual_bits: int, columns: int) -> None:
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=128, seed=3)
+    weight, x = torch.randn(40, columns), correlated(2000, columns)
+    moments = feedback.Moments(columns, x.device)
+    moments.add(x[:900].view(9, 100, columns))
+    moments.add(x[900:])
+    calibrated = feedback.quantize_weight_calibrated(weight, moments.feedback(128, 3), **layout)
+    plain = reference.quantize_weight(weight, **layout).weight
+    assert [t.shape for t in calibrated if t is not None] == [t.shape for t in plain if t is not None]
+    assert output_loss(weight, calibrated, x, x, **layout) < 0.75 * output_loss(weight, plain, x, x, **layout)
+    # A SHOULD of FORMAT.md: the row's largest scale lies in the top octave.
+    assert int(calibrated.scales.amax(1).min()) >= 224
+
+
+def test_loss_of_a_block_is_the_quadratic_form_of_its_error() -> None:
+    """What the scale search compares: sum of squared errors over the factor's diagonal = e H e^T, in float64."""
+    x = correlated(500, 32)
+    hessian = (x.T @ x / 500).double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    block, scale = torch.randn(17, 32), torch.rand(17, 3) * 0.02 + 0.01
+    codes, errors, losses = feedback.feed_back(block, scale, factor.float(), 4, 0)
+    decoded = level_tensor(4)[codes.long()] * scale[..., None]
+    wrong = (block[:, None] - decoded).double()
+    torch.testing.assert_close(losses.double(), ((wrong @ hessian) * wrong).sum(-1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(errors.square().sum(-1), losses)
+
+
+def test_feedback_follows_its_definition_column_by_column() -> None:
+    """Against the textbook loop over all columns in float64, with the scales that the search chose."""
+    columns, layout = 64, dict(bits=4, residual_bits=0, group_size=64, seed=0)
+    weight, x = torch.randn(5, columns), correlated(400, columns)
+    moments = feedback.Moments(columns, x.device)
+    moments.add(x)
+    found = feedback.quantize_weight_calibrated(weight, moments.feedback(64, 0), **layout)
+    rotated = rotate(x.double(), 64, 0)
+    hessian = rotated.T @ rotated
+    hessian += feedback.DAMPING * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    left = rotate(weight.double(), 64, 0)
+    scale = reference.scale_tensor(torch.device("cpu"), torch.float64)[found.scales.long()]
+    scale = (scale * torch.exp2(found.exponents.double())[:, None]).repeat_interleave(32, 1)
+    table, boundaries = level_tensor(4).double(), boundary_tensor(4).double()
+    wanted = torch.empty(5, columns)
+    for j in range(columns):
+        index = torch.bucketize(left[:, j] / scale[:, j], boundaries)
+        wrong = (left[:, j] - table[index] * scale[:, j]) / factor[j, j]
+        left[:, j:] -= wrong[:, None] * factor[j, j:]
+        wanted[:, j] = index
+    codes = reference.unpack(found.codes, 4)
+    assert (codes == wanted).float().mean() > 0.98  # ties of float32 and float64 differ, and what follows from one
+
+
+def test_drift_of_the_inputs_is_made_up_for() -> None:
+    layout = dict(bits=4, residual_bits=4, group_size=128, seed=0)
+    before = correlated(4000, 128)
+    now = before + 0.05 * before @ torch.randn(128, 128) * 0.1
+    weight = torch.randn(30, 128)
+    losses = []
+    for original in (None, before):
+        moments = feedback.Moments(128, now.device)
+        moments.add(now, original)
+        packed = feedback.quantize_weight_calibrated(weight, moments.feedback(128, 0), **layout)
+        losses.append(output_loss(weight, packed, now, before, **layout))
+    assert losses[1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_rank_deficient_and_dead_inputs(tokens: int) -> None:
+    x = torch.randn(tokens, 64)
+    x[:, :7] = 0
+    moments = feedback.Moments(64, x.device)
+    moments.add(x, x + 0.1)
+    weight = torch.randn(8, 64)
+    layout = dict(bits=4, residual_bits=4, group_size=64, seed=0)
+    packed = feedback.quantize_weight_calibrated(weight, moments.feedback(64, 0), **layout)
+    assert reference.relative_error(weight, packed, **layout) < 0.5
+    rows = feedback.quantize_weight_calibrated(torch.zeros(3, 64), moments.feedback(64, 0), **layout)
+    assert not rows.scales.any()
+
+
+def test_infinite_inputs_are_an_error() -> None:
+    moments = feedback.Moments(32, torch.device("cpu"))
+    moments.add(torch.full((4, 32), 3e38))
+    with pytest.raises(QuantizationError, match="NaN or Inf"):
+        moments.feedback(32, 0)
+
+
+def test_stream_is_the_model() -> None:
+    model = tiny_llama().eval()
+    tokens = torch.randint(0, model.config.vocab_size, (3, 17))
+    with torch.no_grad(), BlockStream(model, tokens, torch.device("cpu")) as stream:
+        for index in range(len(stream.blocks)):
+            for batch in stream.batches:
+                batch.hidden = stream.run(index, batch)
+        logits = torch.cat([stream.tail(batch.tokens, batch.hidden) for batch in stream.batches])
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits)
+    assert all("forward" not in block.__dict__ for block in find_blocks(model)[1])
+
+
+def test_stream_refuses_blocks_that_pass_on_more_than_hidden_states() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, hidden_states: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+            memory = memory + hidden_states
+            return self.inner(memory), memory
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.blocks = nn.Embedding(11, 8), nn.ModuleList([Block(), Block(), Block()])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            hidden = memory = self.embed(input_ids)
+            for block in self.blocks:
+                hidden, memory = block(hidden, memory)
+            return hidden
+
+    with pytest.raises(QuantizationError, match="more than hidden states"):
+        BlockStream(Model(), torch.randint(0, 11, (1, 4)), torch.device("cpu"))
+    with pytest.raises(QuantizationError, match="no list of blocks"):
+        BlockStream(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"))
+
+
+def test_layers_with_one_input_are_found_in_the_order_of_their_calls() -> None:
+    model = tiny_llama()
+    layers = {name: model.get_submodule(name) for name in plan_layers(model)[0] if ".0." in name}
+    groups = input_groups(layers, lambda: model(input_ids=torch.zeros(1, 3, dtype=torch.int64)))
+    ends = [[name.rsplit(".", 1)[1] for name in group] for group in groups]
+    assert ends == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def calibrated(model: nn.Module, tokens: Tensor, config: TurboQuantConfig) -> tuple[nn.Module, Calibrator]:
+    model = copy.deepcopy(model)
+
+    def install(name: str, quantized: reference.Quantized, own: TurboQuantConfig) -> None:
+        old = model.get_submodule(name)
+        replace_module(model, name, TurboQuantLinear.from_packed(quantized.weight, old.in_features, old.bias, own))
+
+    with BlockStream(model, tokens, torch.device("cpu")) as stream:
+        calibrator = Calibrator(stream, dict.fromkeys(plan_layers(model, [])[0], config), install)
+        calibrator.run(progress=False)
+    return model, calibrator
+
+
+def test_a_calibrated_model_is_nearer_to_its_original_than_a_data_free_one() -> None:
+    from turboquant_weights import quantize_model
+
+    model = tiny_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=3, tie_word_embeddings=False).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (40, 64))
+    config = TurboQuantConfig(bits=3)
+    better, calibrator = calibrated(model, tokens[8:], config)
+    plain = copy.deepcopy(model)
+    quantize_model(plain, config, skip=[], progress=False)
+    assert not calibrator.unreached
+    assert not [name for name, module in better.named_modules() if type(module) is nn.Linear]
+    with torch.no_grad():
+        wanted = model(input_ids=tokens[:8]).logits
+        distances = [float((m(input_ids=tokens[:8]).logits - wanted).square().mean()) for m in (better, plain)]
+    assert distances[0] < 0.8 * distances[1]
+
+
+def test_layers_without_input_are_rounded_without_data_and_named() -> None:
+    model = tiny_llama()
+    model.model.layers[1].unused = nn.Linear(32, 8)
+    done, calibrator = calibrated(model, torch.zeros(1, 5, dtype=torch.int64), TurboQuantConfig())
+    assert calibrator.unreached == ["model.layers.1.unused"]
+    assert isinstance(done.model.layers[1].unused, TurboQuantLinear)
+
+
+class Words:
+    """A tokenizer: one token per word."""
+
+    bos_token_id: int | None = None
+
+    def __call__(self, text: str, **kwargs: object) -> Words:
+        self.input_ids = [len(word) for word in text.split()]
+        return self
+
+
+def test_texts_become_windows(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("a bb ccc dddd " * 3)
+    wanted = torch.tensor([[1, 2, 3, 4, 1], [2, 3, 4, 1, 2]])
+    for text in (file.read_text(), file, ["a bb ccc", "dddd a bb ccc dddd", "a bb ccc dddd"]):
+        assert torch.equal(Calibration(text, samples=9, sample_length=5).tokens(Words()), wanted)
+    assert torch.equal(Calibration(file, samples=1, sample_length=5).tokens(Words()), wanted[:1])
+    assert torch.equal(windows(torch.arange(5), 3, 9, 7), torch.tensor([[7, 0, 1], [7, 2, 3]]))
+    assert windows(torch.arange(2), 512, 4, None).shape == (1, 2), "a text too short for a window gives one short window"
+    assert torch.equal(Calibration(wanted, samples=1).tokens(None), wanted[:1])
+    assert as_calibration(True).text is None
+    for value, tokenizer, message in (
+        ("a b", None, "tokenizer="),
+        ("", Words(), "no token"),
+        ([1, 2], Words(), "strings are needed"),
+        (torch.zeros(3), None, r"\[s, l\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Calibration(value).tokens(tokenizer)
+    with pytest.raises(ConfigError, match="at least 1"):
+        Calibration(samples=0)
+
+
+def test_rotated_moments_are_those_of_the_rotated_inputs() -> None:
+    x, y = correlated(200, 64).double(), correlated(200, 64, 1).double()
+    block = rotation_block(64, 32)
+    wanted = rotate(x, block, 5).T @ rotate(y, block, 5)
+    torch.testing.assert_close(feedback.rotated_moments(x.T @ y, 32, 5), wanted)
+
+
+def test_calibration_text_is_natural_and_mixed() -> None:
+    text = calibration_text()
+    assert 900_000 < len(text) < 1_100_000
+    assert not re.search(r"<unk>|@[-,.]@|[a-z] [,;] [a-z]|[a-z] '(s|t) [a-z]", text), "WikiText's tokens are not joined"
+    # Every quarter has encyclopaedia, dialogue, documentation and source.
+    for start in range(0, 4 * (len(text) // 4), len(text) // 4):
+        quarter = text[start : start + len(text) // 4]
+        for sign in ("Elizabeth", "\n    def ", ".. ", " was "):
+            assert sign in quarter, (start, sign)
+
+
+def test_calibration_text_is_not_the_evaluation_text() -> None:
+    """No run of eight words of the test split's excerpt, whatever the spacing, is in the calibration text."""
+    words, calibration = (re.findall(r"\w+", t.lower()) for t in (sample_text(), calibration_text()))
+    runs = {tuple(calibration[i : i + 8]) for i in range(len(calibration) - 7)}
+    assert not [words[i : i + 8] for i in range(len(words) - 7) if tuple(words[i : i + 8]) in runs]
