@@ -29,7 +29,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_transformers.py
+	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

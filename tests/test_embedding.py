@@ -14,8 +14,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantEmbedding, TurboQuantLinear
-from turboquant_weights.embedding import LazyWeight, quantized_class
-from turboquant_weights.planes import PLANES
+from turboquant_weights.embedding import quantized_class
+from turboquant_weights.planes import PLANES, LazyWeight
 
 CONFIG = TurboQuantConfig(bits=4, residual_bits=2, seed=3)
 N, K = 37, 96

@@ -331,7 +331,7 @@ def test_bits_per_layer(dense, tmp_path, options, log):
 
 
 def test_a_bits_pattern_without_a_layer_is_an_error(dense):
-    for pattern, message in (("nothing", "matches no linear layer"), ("lm_hea?", "not quantized .output head|shares its")):
+    for pattern, message in (("nothing", "matches no linear layer"), ("lm_hea?", "for itself .output head|shares its")):
         with pytest.raises(tq.ConfigError, match=message):
             _dense_model(dense, quantization_config=tq.TurboQuantConfig(layer_bits={pattern: (4, 1)}))
 

@@ -107,13 +107,15 @@ def _settle(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """One quantized layer as stored; ``columns`` is in_features rounded up to a multiple of 32, ``nbytes`` has the bias."""
+    """One quantized layer as stored; ``columns`` is in_features rounded up to a multiple of 32, ``nbytes`` has the bias.
+    ``kind`` is "linear" or "embedding"; ``out_features`` of an embedding is the number of its rows."""
 
     name: str
     out_features: int
     columns: int
     label: str
     nbytes: int
+    kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,12 +322,15 @@ def _sort_tensors(
             raise FormatError(
                 f"{short(name)}: a quantized layer has no such tensor: allowed are {', '.join(PLANES)} and bias"
             )
-    for name in config.layer_bits or ():
-        if name not in quantized:
-            raise FormatError(
-                f"{CONFIG_FILE}: layer_bits has {short(name)}, but the checkpoint holds no quantized layer of that name: "
-                "only exact names of quantized layers are allowed"
-            )
+    for field in ("layer_bits", "embeddings"):
+        for name in getattr(config, field) or ():
+            if name not in quantized:
+                raise FormatError(
+                    f"{CONFIG_FILE}: {field} has {short(name)}, but the checkpoint holds no quantized layer of that name: "
+                    "only exact names of quantized layers are allowed"
+                )
+            if field == "layer_bits" and name in (config.embeddings or {}):
+                raise FormatError(f"{CONFIG_FILE}: {short(name)} is under layer_bits and under embeddings: it must be one")
     layers = tuple(_check_layer(name, parts, config) for name, parts in sorted(quantized.items()))
     return layers, tuple(others)
 
@@ -350,7 +355,10 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
         raise FormatError(
             f"{short(name + '.scales')} is {shape_text}: it must be a uint8 matrix [out_features, columns / 32]"
         )
-    config = config.for_layer(name)
+    embedding = config.for_embedding(name)
+    config = embedding or config.for_layer(name)
+    if embedding is not None and "bias" in parts:
+        raise FormatError(f"{short(f'{name}.bias')}: an embedding has no bias: allowed are {', '.join(PLANES)}")
     rows, columns = scales.shape[0], scales.shape[1] * SCALE_BLOCK
     expected = {
         plane: ((shape, _DTYPE_NAMES[dtype]))
@@ -371,7 +379,8 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
                 f"{short(f'{name}.{part}')} is {_describe((dense.shape, dense.dtype))}: in a quantized layer it must be "
                 f"one of {', '.join(_FLOATS)} and of shape [{size}]"
             )
-    return LayerInfo(name, rows, columns, config.label, sum(tensor.nbytes for tensor in parts.values()))
+    kind = "linear" if embedding is None else "embedding"
+    return LayerInfo(name, rows, columns, config.label, sum(tensor.nbytes for tensor in parts.values()), kind)
 
 
 def _describe(tensor: tuple[tuple[int, ...], str] | None) -> str:

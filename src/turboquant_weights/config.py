@@ -68,6 +68,9 @@ class TurboQuantConfig:
         layer_bits: Layers that get other bits: glob pattern -> ``(bits, residual_bits)``, e.g. ``{"*.down_proj": (4, 2)}``.
             A layer's own name comes before patterns, among those the first match wins; a layer that nothing matches has
             ``bits`` and ``residual_bits``. In a saved checkpoint: exact names of the layers that differ.
+        embeddings: Embeddings to quantize, by default none: glob pattern -> ``(bits, residual_bits)``, e.g.
+            ``{"model.embed_tokens": (4, 2)}``. An output head tied to one shares its planes. In a saved checkpoint: exact
+            names.
         source: Provenance written by this package into checkpoints (model, revision, package version). Not an input
             of the algorithm.
         format_version: Version of FORMAT.md. This package reads and writes version 1.
@@ -82,6 +85,7 @@ class TurboQuantConfig:
     seed: int = 0
     skip: tuple[str, ...] | None = None
     layer_bits: Mapping[str, tuple[int, int]] | None = None
+    embeddings: Mapping[str, tuple[int, int]] | None = None
     source: dict[str, str] | None = dataclasses.field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     # A class attribute, not a field: Transformers dispatches on it and nobody may change it.
@@ -103,6 +107,7 @@ class TurboQuantConfig:
                 raise ConfigError(f"skip is {self.skip!r}: it must be a list of glob patterns such as ['lm_head']")
             object.__setattr__(self, "skip", tuple(self.skip))
         object.__setattr__(self, "layer_bits", _bits_by_name("layer_bits", self.layer_bits, "*.down_proj"))
+        object.__setattr__(self, "embeddings", _bits_by_name("embeddings", self.embeddings, "model.embed_tokens"))
         if self.source is not None and not (
             isinstance(self.source, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.source.items())
         ):
@@ -115,22 +120,31 @@ class TurboQuantConfig:
 
     @property
     def label(self) -> str:
-        """Short name in tables: ``4``, ``4+2``, or ``mixed`` if the bits depend on the layer."""
+        """Short name in tables, of linear layers: ``4``, ``4+2``, or ``mixed`` if the bits depend on the layer."""
         if self.layer_bits:
             return "mixed"
         return f"{self.bits}+{self.residual_bits}" if self.residual_bits else str(self.bits)
 
     def for_layer(self, name: str) -> TurboQuantConfig:
         """The config of the linear layer ``name`` alone: its own bits, and none by name."""
-        if self.layer_bits is None:
-            return self
-        assert isinstance(self.layer_bits, BitsByName)
-        pattern = self.layer_bits.pattern_for(name)
-        bits, residual_bits = (self.bits, self.residual_bits) if pattern is None else self.layer_bits[pattern]
-        return dataclasses.replace(self, bits=bits, residual_bits=residual_bits, layer_bits=None)
+        return self._own_bits(self.layer_bits, name) or dataclasses.replace(self, layer_bits=None, embeddings=None)
 
-    def exact(self, layers: Iterable[str], skip: Iterable[str]) -> TurboQuantConfig:
-        """As a checkpoint stores it: patterns resolved to the names of the quantized ``layers`` and the skipped ones.
+    def for_embedding(self, name: str) -> TurboQuantConfig | None:
+        """The config of the embedding ``name`` alone; None if it is not quantized."""
+        return self._own_bits(self.embeddings, name)
+
+    def _own_bits(self, by_name: Mapping[str, tuple[int, int]] | None, name: str) -> TurboQuantConfig | None:
+        pattern = by_name.pattern_for(name) if isinstance(by_name, BitsByName) else None
+        if by_name is None or pattern is None:
+            return None
+        bits, residual_bits = by_name[pattern]
+        return dataclasses.replace(self, bits=bits, residual_bits=residual_bits, layer_bits=None, embeddings=None)
+
+    def exact(
+        self, layers: Iterable[str], skip: Iterable[str], embeddings: Mapping[str, tuple[int, int]] | None = None
+    ) -> TurboQuantConfig:
+        """As a checkpoint stores it: patterns resolved to the names of the quantized ``layers``, the skipped ones, and the
+        quantized ``embeddings``.
 
         If no layer has ``bits`` and ``residual_bits``, those become what most layers have.
         """
@@ -139,12 +153,22 @@ class TurboQuantConfig:
         if own and default not in own.values():
             default = collections.Counter(own.values()).most_common(1)[0][0]
         layer_bits = {name: own[name] for name in sorted(own) if own[name] != default}
-        return dataclasses.replace(self, bits=default[0], residual_bits=default[1], skip=tuple(skip), layer_bits=layer_bits)
+        return dataclasses.replace(
+            self,
+            bits=default[0],
+            residual_bits=default[1],
+            skip=tuple(skip),
+            layer_bits=layer_bits,
+            embeddings=dict(sorted((embeddings or {}).items())),
+        )
 
     def base_only(self) -> TurboQuantConfig:
         """The same without any residual plane."""
-        layer_bits = {name: (bits, 0) for name, (bits, _) in (self.layer_bits or {}).items()}
-        return dataclasses.replace(self, residual_bits=0, layer_bits=layer_bits)
+        layer_bits, embeddings = (
+            {name: (bits, 0) for name, (bits, _) in (by_name or {}).items()}
+            for by_name in (self.layer_bits, self.embeddings)
+        )
+        return dataclasses.replace(self, residual_bits=0, layer_bits=layer_bits, embeddings=embeddings)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dictionary, as stored under ``quantization_config`` in ``config.json``."""
@@ -153,7 +177,7 @@ class TurboQuantConfig:
             value = getattr(self, field.name)
             if isinstance(value, BitsByName):
                 out[field.name] = {name: list(bits) for name, bits in value.items()}
-            elif field.name != "layer_bits":  # absent is how a checkpoint says "none"
+            elif field.name not in ("layer_bits", "embeddings"):  # absent is how a checkpoint says "none"
                 out[field.name] = list(value) if isinstance(value, tuple) else value
         return out
 

@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from . import ops, reference
+from . import reference
 from .config import TurboQuantConfig
 from .errors import QuantizationError
 from .planes import PLANES, PackedPlanes
 from .reference import PackedWeight
 
 
-class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
+class TurboQuantEmbedding(PackedPlanes, nn.Embedding):  # type: ignore[override]  # the weight is computed
     """``weight[ids]`` with ``weight`` [num_embeddings, embedding_dim] in ``config.bits + config.residual_bits`` bits.
 
     Parameters as in :class:`TurboQuantLinear`; there is no bias. The result has the dtype of the dense weight that this
@@ -62,11 +60,17 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
 
     @classmethod
     def from_embedding(
-        cls, embedding: nn.Embedding, config: TurboQuantConfig | None = None, *, name: str = "embedding"
+        cls,
+        embedding: nn.Embedding,
+        config: TurboQuantConfig | None = None,
+        *,
+        weight: Tensor | None = None,
+        name: str = "embedding",
     ) -> TurboQuantEmbedding:
         """Quantizes an ``nn.Embedding`` or a subclass of it, whose class and attributes the result keeps.
 
-        ``name`` is used in errors; the relative squared error of the weight is left in ``quantization_error``.
+        ``weight`` is given if that of ``embedding`` is a placeholder on the meta device. ``name`` is used in errors; the
+        relative squared error of the weight is left in ``quantization_error``.
 
         Raises:
             QuantizationError: the module has ``max_norm`` or replaces what ``nn.Embedding`` computes in a way that the
@@ -74,10 +78,11 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
         """
         config = config or TurboQuantConfig()
         check_embedding(embedding, name)
-        if embedding.weight.is_meta:
+        weight = embedding.weight if weight is None else weight
+        if weight.is_meta:
             raise QuantizationError(f"{name}: the weight is on the meta device: load the model before quantizing it")
         quantized = reference.quantize_weight(
-            embedding.weight,
+            weight,
             bits=config.bits,
             residual_bits=config.residual_bits,
             group_size=config.group_size,
@@ -86,8 +91,7 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
         )
         out = cls.from_packed(quantized.weight, embedding, config)
         out.quantization_error = quantized.error
-        if type(embedding) is not nn.Embedding:
-            _check_forward(out, name)
+        check_forward(out, name)
         return out
 
     @classmethod
@@ -117,15 +121,8 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
         return out
 
     @property
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight, rebuilt when something else than its dtype, device or shape is asked for. Not stored."""
-        if torch.compiler.is_compiling():
-            return self._lookup(torch.arange(self.num_embeddings, device=self.codes.device))
-        return LazyWeight(self.dequantize, torch.Size(self._shape), self.dense_dtype, self.codes.device)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input``: int32 or int64 ids of any shape; returns [*input.shape, embedding_dim] of ``dense_dtype``.
@@ -137,21 +134,6 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
             raise QuantizationError(f"TurboQuantEmbedding got ids of {input.dtype}: int32 or int64 is needed")
         return self._lookup(input)
 
-    def _lookup(self, ids: Tensor) -> Tensor:
-        return ops.embedding(
-            ids,
-            self.codes,
-            self.residual,
-            self.scales,
-            self.exponents,
-            self.embedding_dim,
-            self.bits,
-            self.residual_bits,
-            self.group_size,
-            self.seed,
-            self.dense_dtype,
-        )
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made by quantized_class have no name that pickle could import.
         return _new, (self.dense_class,), vars(self)
@@ -162,53 +144,6 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, bits={self.label}, "
             f"bits_per_weight={self.bits_per_weight:.3f}, seed={self.seed}"
         )
-
-
-class LazyWeight(Tensor):
-    """A weight that is decoded when its values are first needed, and then kept as long as this object lives.
-
-    Scaled embeddings read ``self.weight.dtype`` in every forward, which must not decode a whole vocabulary.
-    """
-
-    _is_hf_initialized = True  # Transformers leaves weights with this mark alone
-    _decode: Callable[[], Tensor]
-    _dense: Tensor | None
-
-    @staticmethod
-    def __new__(
-        cls: type[LazyWeight], decode: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> LazyWeight:
-        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        out._decode, out._dense = decode, None
-        return out
-
-    def dense(self) -> Tensor:
-        """The ordinary tensor."""
-        if self._dense is None:
-            self._dense = self._decode()
-        return self._dense
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _KNOWN_WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-_KNOWN_WITHOUT_VALUES = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "requires_grad")),
-    *(
-        getattr(Tensor, name)
-        for name in ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__")
-    ),
-}
 
 
 @functools.cache
@@ -247,8 +182,14 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _check_forward(quantized: TurboQuantEmbedding, name: str) -> None:
-    """Compares a few lookups with those of the original class on the decoded weight: it may not call ``super().forward``."""
+def check_forward(quantized: TurboQuantEmbedding, name: str) -> None:
+    """Compares a few lookups with those of the original class on the decoded weight: it may not call ``super().forward``.
+
+    Raises:
+        QuantizationError: they differ, or cannot be computed.
+    """
+    if type(quantized) is TurboQuantEmbedding or quantized.codes.is_meta:
+        return
     n = quantized.num_embeddings
     rows = {0, n // 2, n - 1, *([] if quantized.padding_idx is None else [quantized.padding_idx])}
     ids = torch.tensor([sorted(rows)], device=quantized.codes.device)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import ConfigError, QuantizationError, TurboQuantError
-from .linear import TurboQuantLinear, dense_weight
+from .linear import dense_weight
+from .planes import PackedPlanes
 
 REFERENCE = "reference"
 # Rows of logits in float32 at once: a vocabulary of 262,144 then takes 134 MB per temporary.
@@ -168,19 +169,22 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def layer_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
-    """Layer name -> ``||W - W'||^2 / ||W||^2`` of each quantized layer of ``model``; ``reference`` holds the dense ``W``.
+    """Layer name -> ``||W - W'||^2 / ||W||^2`` of each quantized layer and embedding of ``model``; ``reference`` holds the
+    dense ``W``.
 
     Raises:
         ConfigError: ``reference`` has no such layer, or one of another shape.
     """
     errors = {}
     for name, module in model.named_modules():
-        if isinstance(module, TurboQuantLinear):
+        if isinstance(module, PackedPlanes):
             try:
-                weight = dense_weight(reference.get_submodule(name), name).to(module.packed.codes.device, torch.float32)
+                other = reference.get_submodule(name)
+                weight = other.weight if isinstance(other, nn.Embedding) else dense_weight(other, name)
             except (AttributeError, QuantizationError) as error:
                 raise ConfigError(f"the reference does not fit the checkpoint: {error}") from None
-            if weight.shape != (module.out_features, module.in_features):
+            weight = weight.to(module.codes.device, torch.float32)
+            if weight.shape != module.shape:
                 raise ConfigError(f"{name} is {list(weight.shape)} in the reference: the checkpoint was not made from it")
             change = torch.linalg.vector_norm(module.dequantize(torch.float32) - weight)
             norm = torch.linalg.vector_norm(weight)

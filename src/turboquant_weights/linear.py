@@ -13,7 +13,7 @@ from .reference import PackedWeight
 from .rotation import is_autocast_enabled
 
 
-class TurboQuantLinear(PackedPlanes, nn.Linear):
+class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # the weight is computed
     """``y = x W^T + b`` with ``W`` [out_features, in_features] in ``config.bits + config.residual_bits`` bits per weight.
 
     Parameters (all ``requires_grad=False`` integers, so ``.half()`` and ``.bfloat16()`` leave them alone): ``codes``,
@@ -21,7 +21,7 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):
     an ordinary float parameter or None. The computation runs in the dtype of the input (or of autocast).
 
     It subclasses ``nn.Linear`` because adapters and model code ask ``isinstance(module, nn.Linear)``. There is no stored
-    ``weight``: reading the attribute dequantizes.
+    ``weight``: reading the values of the attribute dequantizes.
 
     Args:
         in_features: k. out_features: n. bias: whether a bias parameter exists.
@@ -91,13 +91,8 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):
         return layer
 
     @property
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight, rebuilt at each access: for code that insists on reading one. Not stored."""
-        return self.dequantize()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] of a floating dtype; returns [..., out_features] of the same dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,8 +13,11 @@ from tqdm import tqdm
 
 from . import reference
 from .config import TurboQuantConfig
+from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, QuantizationError
 from .linear import TurboQuantLinear, dense_weight, is_linear
+from .planes import PackedPlanes
+from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads
 
 # Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
 _DENSE_BYTES = 2
@@ -24,7 +27,7 @@ _HEAD = "output head; quantize it with skip=[], or by its name in layer_bits"
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """One quantized layer. ``error`` is ``||W - W'||^2 / ||W||^2``; ``bytes`` count planes, scales, exponents and bias;
-    ``dense_bytes`` are the same layer's in bf16."""
+    ``dense_bytes`` are the same layer's in bf16. Of an embedding ``out_features`` is the number of rows."""
 
     name: str
     label: str
@@ -34,6 +37,7 @@ class LayerReport:
     bytes: int
     dense_bytes: int
     seconds: float
+    kind: str = "linear"  # or "embedding"
 
     @property
     def bits_per_weight(self) -> float:
@@ -45,7 +49,8 @@ class LayerReport:
 class QuantizationReport:
     """What :func:`quantize_model` did.
 
-    ``layers`` in model order; ``skipped`` maps each linear layer left alone to the reason; ``dense`` maps every other
+    ``layers`` in model order, embeddings first; ``tied`` maps each output head that runs on the planes of a quantized
+    embedding to that embedding; ``skipped`` maps each linear layer left alone to the reason; ``dense`` maps every other
     parameter of two or more dimensions that stays dense (embeddings, convolutions, fused experts) to its bf16 bytes;
     ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers, each tied tensor once.
     """
@@ -56,6 +61,7 @@ class QuantizationReport:
     dense: dict[str, int]
     other_bytes: int
     seconds: float
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -90,6 +96,7 @@ class QuantizationReport:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
             "dense": self.dense,
+            "tied": self.tied,
             "total_bytes": self.total_bytes,
             "dense_bytes": self.dense_bytes,
             "ratio": self.ratio,
@@ -99,11 +106,14 @@ class QuantizationReport:
         }
 
     def __str__(self) -> str:
+        embeddings = [layer for layer in self.layers if layer.kind == "embedding"]
         lines = [
-            f"{len(self.layers)} layers at {self.config.label} bits: {self.bits_per_weight:.3f} bits per weight, "
-            f"relative squared error {self.error:.2e}, {self.seconds:.1f} s",
+            f"{len(self.layers) - len(embeddings)} layers at {self.config.label} bits"
+            + "".join(f", {layer.name} at {layer.label}" for layer in embeddings)
+            + f": {self.bits_per_weight:.3f} bits per weight, relative squared error {self.error:.2e}, {self.seconds:.1f} s",
             f"whole model {self.total_bytes / 1e6:.1f} MB, {self.ratio:.2f}x smaller than bf16",
         ]
+        lines += [f"shares the planes of {embedding}: {head}" for head, embedding in self.tied.items()]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped.items()]
         lines += [f"left as it was: {name}, {size / 1e6:.1f} MB (no linear layer)" for name, size in self.dense.items()]
         return "\n".join(lines)
@@ -115,16 +125,21 @@ on_quantized: list[Callable[[nn.Module, TurboQuantConfig], None]] = []
 
 
 def plan_layers(
-    model: nn.Module, skip: Sequence[str] | None = None, layer_bits: Mapping[str, tuple[int, int]] | None = None
+    model: nn.Module,
+    skip: Sequence[str] | None = None,
+    layer_bits: Mapping[str, tuple[int, int]] | None = None,
+    tied: Collection[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Which linear layers to quantize, and which not and why. Needs no weights: works on the meta device.
 
     ``skip``: glob patterns of module names; None skips the output head, unless ``layer_bits`` has its exact name, and layers
     that share their weight with another kind of module (tied embeddings), because quantizing those would untie them. A
-    module that occurs under several names is planned once, under the first.
+    module that occurs under several names is planned once, under the first. ``tied``: layers that get the planes of a
+    quantized embedding; they are neither to quantize nor skipped.
 
     Raises:
-        ConfigError: a pattern of ``skip`` matches no linear layer, or one of ``layer_bits`` none that is quantized.
+        ConfigError: a pattern of ``skip`` matches no linear layer or a tied one, or one of ``layer_bits`` none that is
+            quantized for itself.
     """
     if isinstance(skip, str):
         raise ConfigError(f"skip is {skip!r}: it must be a list of glob patterns such as ['lm_head']")
@@ -142,13 +157,21 @@ def plan_layers(
             raise ConfigError(
                 f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like {some}"
             )
-        skipped.update((name, f"matches skip pattern {pattern!r}") for name in matches)
+        for name in matches:
+            if name in tied:
+                raise ConfigError(
+                    f"skip pattern {pattern!r} matches {name}, which shares its weight with an embedding that embeddings "
+                    "quantizes: remove one of the two"
+                )
+            skipped[name] = f"matches skip pattern {pattern!r}"
     for name, module in linears.items():
         if not is_linear(module):
             skipped[name] = f"a {type(module).__name__}, which may compute something else than nn.Linear"
-    targets = [name for name in linears if name not in skipped]
+    for name in tied:
+        skipped.pop(name, None)
+    targets = [name for name in linears if name not in skipped and name not in tied]
     for pattern in layer_bits or ():
-        _check_bits_pattern(model, pattern, targets, skipped)
+        _check_bits_pattern(model, pattern, targets, {**dict.fromkeys(tied, "its planes are the embedding's"), **skipped})
     if "" in targets:
         raise QuantizationError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: "
@@ -163,7 +186,7 @@ def _check_bits_pattern(model: nn.Module, pattern: str, targets: list[str], skip
     left_alone = next((name for name in skipped if name == pattern or fnmatch.fnmatchcase(name, pattern)), None)
     if left_alone is not None:
         raise ConfigError(
-            f"layer_bits has {pattern!r}, but {left_alone} is not quantized ({skipped[left_alone]}): "
+            f"layer_bits has {pattern!r}, but {left_alone} is not quantized for itself ({skipped[left_alone]}): "
             "remove it from layer_bits, or give skip without it"
         )
     raise ConfigError(
@@ -194,11 +217,11 @@ def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
 
 
 def dense_parameters(model: nn.Module) -> dict[str, int]:
-    """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer, quantized or not."""
+    """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer and not quantized."""
     linear = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.Linear) or is_linear(module)
+        if isinstance(module, (nn.Linear, PackedPlanes)) or is_linear(module)
         for parameter in module.parameters(recurse=False)
     }
     return {
@@ -208,22 +231,14 @@ def dense_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts ``new`` wherever the module called ``name`` occurs in ``model``, under all of its names."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[child_name] = new
-
-
 def quantize_model(
     model: nn.Module,
     config: TurboQuantConfig | None = None,
     skip: Sequence[str] | None = None,
     progress: bool = True,
 ) -> QuantizationReport:
-    """Quantizes every linear layer of ``model`` in place, one at a time: peak memory is the model plus one layer.
+    """Quantizes the linear layers of ``model``, and the embeddings that ``config`` names, in place and one at a time: peak
+    memory is the model plus one layer (plus two for an embedding of a class of its own).
 
     Args:
         model: Any ``nn.Module`` on any device; ``nn.Linear`` and GPT-2's ``Conv1D`` layers are replaced.
@@ -236,26 +251,30 @@ def quantize_model(
         A report: per layer bits, error, bytes and time; each skipped layer with the reason; the whole-model ratio.
 
     Raises:
-        ConfigError: a skip pattern matches nothing, or the model is quantized already.
+        ConfigError: a pattern matches nothing, or the model is quantized already.
         QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position); nothing was
             replaced then.
     """
     start = time.perf_counter()
     config = config or TurboQuantConfig()
-    if any(isinstance(module, TurboQuantLinear) for module in model.modules()):
+    if any(isinstance(module, PackedPlanes) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
-    targets, skipped = plan_layers(model, config.skip if skip is None else skip, config.layer_bits)
-    if not targets:
+    embeddings = plan_embeddings(model, config)
+    heads = tied_heads(model, embeddings)
+    targets, skipped = plan_layers(model, config.skip if skip is None else skip, config.layer_bits, heads)
+    if not targets and not embeddings:
         raise QuantizationError(
             f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
         )
     for name in targets:  # before anything is replaced
         reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
-    config = config.exact(targets, (name for name in skipped if is_linear(model.get_submodule(name))))
+    for name in embeddings:
+        reference.check_finite(model.get_parameter(f"{name}.weight"), f"{name}: weight")
+    config = config.exact(targets, (name for name in skipped if is_linear(model.get_submodule(name))), embeddings)
     weights = [id(model.get_submodule(name).weight) for name in targets]
     shared = {weight for weight in weights if weights.count(weight) > 1} if len(set(weights)) < len(weights) else set()
     done: dict[int, tuple[object, TurboQuantLinear]] = {}  # of shared weights only; keeps the weight, so its id, alive
-    layers = []
+    layers = [_quantize_embedding(model, name, config) for name in embeddings]
     for name in tqdm(targets, desc=f"quantizing to {config.label} bits", unit="layer", disable=not progress):
         layer_start = time.perf_counter()
         old = model.get_submodule(name)
@@ -271,11 +290,31 @@ def quantize_model(
         replace_module(model, name, new)
         layers.append(_layer_report(name, config.for_layer(name), new, tied is not None, time.perf_counter() - layer_start))
         del old
-    quantized = {id(p) for m in model.modules() if isinstance(m, TurboQuantLinear) for p in m.parameters()}
-    other = sum(p.numel() for p in model.parameters() if id(p) not in quantized) * _DENSE_BYTES
+    counted = {id(p) for layer in layers for p in model.get_submodule(layer.name).parameters()}
+    other = sum(p.numel() for p in model.parameters() if id(p) not in counted) * _DENSE_BYTES
     for hook in on_quantized:
         hook(model, config)
-    return QuantizationReport(config, layers, skipped, dense_parameters(model), other, time.perf_counter() - start)
+    return QuantizationReport(config, layers, skipped, dense_parameters(model), other, time.perf_counter() - start, heads)
+
+
+def _quantize_embedding(model: nn.Module, name: str, config: TurboQuantConfig) -> LayerReport:
+    start = time.perf_counter()
+    embedding = model.get_submodule(name)
+    assert isinstance(embedding, nn.Embedding)
+    new = TurboQuantEmbedding.from_embedding(embedding, config.for_embedding(name), name=name)
+    replace_embedding(model, name, new)
+    assert new.quantization_error is not None
+    return LayerReport(
+        name=name,
+        label=new.label,
+        out_features=new.num_embeddings,
+        in_features=new.embedding_dim,
+        error=new.quantization_error,
+        bytes=new.packed.nbytes,
+        dense_bytes=new.num_embeddings * new.embedding_dim * _DENSE_BYTES,
+        seconds=time.perf_counter() - start,
+        kind="embedding",
+    )
 
 
 def _layer_report(name: str, config: TurboQuantConfig, layer: TurboQuantLinear, tied: bool, seconds: float) -> LayerReport:

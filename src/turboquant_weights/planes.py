@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from . import reference
+from . import ops, reference
 from .config import TurboQuantConfig
 from .reference import PackedWeight, packed_shapes
 
@@ -21,7 +22,7 @@ Self = TypeVar("Self", bound="PackedPlanes")
 class PackedPlanes(nn.Module):
     """A module whose weight ``[rows, columns]`` is planes instead of a parameter. See ``reference.py`` for their shapes.
 
-    A subclass says through ``_shape`` how its own attributes call rows and columns. The planes are integer parameters that
+    A subclass says through ``shape`` how its own attributes call rows and columns. The planes are integer parameters that
     need no gradient, so ``.half()`` and ``.bfloat16()`` leave them alone. Two modules may hold the same parameters (a tied
     embedding and output head).
     """
@@ -36,20 +37,21 @@ class PackedPlanes(nn.Module):
     quantization_error: float | None
 
     @property
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
         raise NotImplementedError
 
     def _init_planes(
         self, config: TurboQuantConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Registers zeroed planes (they decode to zeros) for ``_shape``."""
+        """Registers zeroed planes (they decode to zeros) for ``shape``."""
         self.bits = config.bits
         self.residual_bits = config.residual_bits
         self.group_size = config.group_size
         self.seed = config.seed
         self.quantization_error = None
         self.dense_dtype = dtype or torch.get_default_dtype()
-        shapes = packed_shapes(*self._shape, config.bits, config.residual_bits)
+        shapes = packed_shapes(*self.shape, config.bits, config.residual_bits)
         for plane in PLANES:
             if plane in shapes:
                 shape, plane_dtype = shapes[plane]
@@ -74,12 +76,36 @@ class PackedPlanes(nn.Module):
         """The matrix [rows, columns]; ``dtype`` defaults to that of the dense weight it stands for."""
         return reference.dequantize_weight(
             self.packed,
-            self._shape[1],
+            self.shape[1],
             bits=self.bits,
             residual_bits=self.residual_bits,
             group_size=self.group_size,
             seed=self.seed,
             dtype=dtype or self.dense_dtype,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, rebuilt when more than its dtype, device or shape is asked for. Not stored: it is for code
+        that insists on reading one."""
+        if torch.compiler.is_compiling():
+            return self._lookup(torch.arange(self.shape[0], device=self.codes.device))
+        return LazyWeight(self.dequantize, torch.Size(self.shape), self.dense_dtype, self.codes.device)
+
+    def _lookup(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, [*ids.shape, columns]."""
+        return ops.embedding(
+            ids,
+            self.codes,
+            self.residual,
+            self.scales,
+            self.exponents,
+            self.shape[1],
+            self.bits,
+            self.residual_bits,
+            self.group_size,
+            self.seed,
+            self.dense_dtype,
         )
 
     def base_only_(self: Self) -> Self:
@@ -96,7 +122,7 @@ class PackedPlanes(nn.Module):
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: planes, scales and exponents over rows * columns."""
-        rows, columns = self._shape
+        rows, columns = self.shape
         return 8 * self.packed.nbytes / (rows * columns)
 
     def reset_parameters(self) -> None:
@@ -108,19 +134,19 @@ class PackedPlanes(nn.Module):
         return self
 
     @property
-    def _settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """What the planes mean beside their bytes."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]].update(self._settings)
+            destination._metadata[prefix[:-1]].update(self.settings)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         """Refuses planes that mean something else here: other settings, or numbers that would be cast to bytes."""
         errors: list[str] = args[-1]
-        for name, value in self._settings.items():
+        for name, value in self.settings.items():
             if local_metadata.get(name, value) != value:
                 errors.append(f"{prefix[:-1]} was quantized with {name} {local_metadata[name]}, this layer has {value}")
         for plane in PLANES:
@@ -128,3 +154,51 @@ class PackedPlanes(nn.Module):
             if stored is not None and own is not None and stored.dtype != own.dtype:
                 errors.append(f"{prefix}{plane} is {stored.dtype}: it must be {own.dtype}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class LazyWeight(Tensor):
+    """A weight that is decoded when its values are first needed, and then kept as long as this object lives.
+
+    Model code reads ``weight.dtype`` or ``weight.device`` in every forward, which must not decode a whole vocabulary. To get
+    an ordinary tensor, e.g. for an ``nn.Parameter``, call ``dequantize()`` of the module.
+    """
+
+    _is_hf_initialized = True  # Transformers leaves weights with this mark alone
+    _decode: Callable[[], Tensor]
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[LazyWeight], decode: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> LazyWeight:
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        out._decode, out._dense = decode, None
+        return out
+
+    def dense(self) -> Tensor:
+        """The ordinary tensor."""
+        if self._dense is None:
+            self._dense = self._decode()
+        return self._dense
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KNOWN_WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_KNOWN_WITHOUT_VALUES = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "requires_grad")),
+    *(
+        getattr(Tensor, name)
+        for name in ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__")
+    ),
+}

@@ -33,9 +33,10 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 | | |
 |---|---|
-| bits (base plane + residual plane) | {bits} |
+| bits of linear layers (base plane + residual plane) | {bits} |
 | columns per rotation | up to {config.group_size} |
 | seed | {config.seed} |
+| embeddings | {embeddings} |
 | linear layers left as they were | {skipped} |
 {provenance}"""
 
@@ -55,7 +56,9 @@ def model_card(title: str, config: TurboQuantConfig) -> str:
         front=front,
         config=config,
         bits=_bits(config),
-        base_only=_BASE_ONLY if any(residual for _, residual in _pairs(config)) else "",
+        embeddings=", ".join(f"`{name}`: {_label(*bits)}" for name, bits in (config.embeddings or {}).items())
+        or "left as they were",
+        base_only=_BASE_ONLY if config != config.base_only() else "",
         skipped=", ".join(f"`{name}`" for name in config.skip or ()) or "none",
         provenance="".join(f"| {key} | `{value}` |\n" for key, value in source.items()),
     )
@@ -65,8 +68,12 @@ def _pairs(config: TurboQuantConfig) -> list[tuple[int, int]]:
     return [(config.bits, config.residual_bits), *(config.layer_bits or {}).values()]
 
 
+def _label(bits: int, residual_bits: int) -> str:
+    return f"{bits}+{residual_bits}" if residual_bits else str(bits)
+
+
 def _bits(config: TurboQuantConfig) -> str:
     """``4+2``, or what most layers have and how many differ."""
-    default, *others = [f"{bits}+{residual}" if residual else str(bits) for bits, residual in _pairs(config)]
+    default, *others = [_label(*pair) for pair in _pairs(config)]
     counts = "; ".join(f"{label} in {others.count(label)} layers" for label in sorted(set(others)))
     return f"{default}; {counts}" if counts else default

@@ -53,12 +53,15 @@ from ..checkpoint import (
     write_manifest,
 )
 from ..config import QUANT_METHOD, TurboQuantConfig
+from ..embedding import TurboQuantEmbedding
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..header import TensorInfo, read_header
 from ..linear import TurboQuantLinear, is_conv1d, is_linear
-from ..planes import PLANES
-from ..reference import MAX_EXPONENT
+from ..planes import PLANES, PackedPlanes
+from ..reference import MAX_EXPONENT, quantize_weight
+from ..tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
 from .model_card import LOAD_WITH, model_card
+from .tied import stored_modules, tie_planes, untie_planes
 
 logger = logging.get_logger(__name__)
 
@@ -102,7 +105,11 @@ class QuantizeLinear(ConversionOps):
         for key, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             layer, _, parameter = key.rpartition(".")
-            if parameter == "weight" and layer in self.quantizer.pending:
+            if parameter == "weight" and layer in self.quantizer.embeddings:
+                planes, names = self.quantizer.quantize_embedding(kwargs["model"], layer, tensor)
+                out.update((name, [plane]) for name, plane in planes.items())
+                missing.difference_update(names)
+            elif parameter == "weight" and layer in self.quantizer.pending:
                 out.update((name, [plane]) for name, plane in self.quantizer.quantize_layer(layer, tensor).items())
                 missing.discard(key)
             else:
@@ -120,8 +127,11 @@ class TurboQuantHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
         # On the fly: layers to be quantized -> everywhere they occur (parent, child name); emptied as their weights arrive.
         self.pending: dict[str, list[tuple[nn.Module, str]]] = {}
+        # Name of each module that shares its weight with an embedding to be quantized, itself included -> that embedding.
+        self.embeddings: dict[str, str] = {}
         self.drops_residual = self.pre_quantized and _base_only.get()
         self._skipped: list[str] = []
+        self._planned: dict[str, tuple[int, int]] = {}
         self._failure: TurboQuantError | None = None
         self._loading: tuple[Any, list[str]] | None = None
         self._stored_config = quantization_config
@@ -151,14 +161,22 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         layer, _, parameter = param_name.rpartition(".")
-        return parameter == "weight" and layer in self.pending
+        return parameter == "weight" and (layer in self.pending or layer in self.embeddings)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element, so that ``device_map="auto"`` plans with the quantized size."""
         if self.param_needs_quantization(model, param_name):
-            config = self.quantization_config.for_layer(param_name.rpartition(".")[0])
+            config = self._config_of(param_name.rpartition(".")[0])
             return (config.total_bits + 0.25) / 8  # a scale byte per 32 columns is 0.25 bit
         return param.element_size()
+
+    def _config_of(self, name: str) -> TurboQuantConfig:
+        embedding = self.embeddings.get(name)
+        if embedding is None:
+            return self.quantization_config.for_layer(name)
+        bits, residual_bits = self._planned[embedding]
+        config = dataclasses.replace(self.quantization_config, layer_bits=None, embeddings=None)
+        return dataclasses.replace(config, bits=bits, residual_bits=residual_bits)
 
     def get_quantize_ops(self) -> QuantizeLinear:
         return QuantizeLinear(self)
@@ -188,15 +206,22 @@ class TurboQuantHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _check_exponents(model)
         else:
-            for name in self.pending:
+            unseen = {name for name in self._planned if not isinstance(model.get_submodule(name), TurboQuantEmbedding)}
+            for name in (*self.pending, *unseen):
                 logger.warning(f"{name} stays dense: the checkpoint has no weight for it, so there was nothing to quantize")
             for name, size in walker.dense_parameters(model).items():
                 if model.get_parameter(name).dim() > 2:  # fused experts, mostly; embeddings are no surprise
                     logger.warning(f"{name} stays dense ({size / 1e6:.1f} MB in bf16): it belongs to no linear layer")
-            skipped = {*self._skipped, *self.pending}
+            skipped = {
+                *self._skipped,
+                *self.pending,
+                *(name for name, source in self.embeddings.items() if source in unseen),
+            }
             order = tuple(name for name, module in model.named_modules() if name in skipped and is_linear(module))
-            config = dataclasses.replace(config.exact(_layers(model), order), source=_provenance(model))
-            self.pending = {}
+            embeddings = {name: bits for name, bits in self._planned.items() if name not in unseen}
+            linears = (name for name, module in stored_modules(model).items() if isinstance(module, TurboQuantLinear))
+            config = dataclasses.replace(config.exact(linears, order, embeddings), source=_provenance(model))
+            self.pending, self.embeddings = {}, {}
             self.pre_quantized = True
         self.quantization_config = config
         model.config.quantization_config = config
@@ -213,18 +238,27 @@ class TurboQuantHfQuantizer(HfQuantizer):
         return state, {QUANT_METHOD: turboquant_weights.__version__}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        with torch.device("meta"):  # says which layers were Conv1D
+        with torch.device("meta"):  # says which layers were Conv1D, and what is tied
             skeleton = type(model)(copy.deepcopy(model.config))
-        for name, module in list(model.named_modules()):
-            if isinstance(module, TurboQuantLinear):
-                walker.replace_module(model, name, _dense_layer(module, skeleton.get_submodule(name), dtype))
+        tied = {key.rpartition(".")[0]: source.rpartition(".")[0] for key, source in model.all_tied_weights_keys.items()}
+        modules = stored_modules(model)
+        modules |= {name: module for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
+        weights: dict[str, nn.Parameter] = {}  # sources come before what is tied to them
+        for name, module in modules.items():
+            dense = _dense_layer(module, skeleton.get_submodule(name), dtype, weights.get(tied.get(name, "")))
+            weights[name] = dense.get_parameter("weight")
+            replace_module(model, name, dense)
+        untie_planes(model, skeleton)
         return model
 
     # -- on the fly
 
     def _plan(self, model: Any) -> None:
-        targets, skipped = walker.plan_layers(model, self.quantization_config.skip, self.quantization_config.layer_bits)
-        if not targets:
+        config = self.quantization_config
+        self._planned = plan_embeddings(model, config)
+        heads = tied_heads(model, self._planned)
+        targets, skipped = walker.plan_layers(model, config.skip, config.layer_bits, heads)
+        if not targets and not self._planned:
             raise QuantizationError(
                 f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
             )
@@ -242,7 +276,41 @@ class TurboQuantHfQuantizer(HfQuantizer):
             for child_name, child in parent.named_children():
                 if id(child) in names:
                     self.pending[names[id(child)]].append((parent, child_name))
+        self.embeddings = tied_modules(model, self._planned)
         self._skipped = list(skipped)
+
+    def quantize_embedding(self, model: Any, name: str, weight: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+        """Quantizes the ``weight`` of an embedding and puts it, and the heads tied to it, in place.
+
+        The file may hold it under any of their names, or, needlessly, under several: then they must be equal.
+
+        Returns:
+            The planes by name, and the names of the dense weights that will not come any more.
+        """
+        embedding = self.embeddings[name]
+        weights = {f"{other}.weight" for other, source in self.embeddings.items() if source == embedding}
+        if self._failure is not None:
+            return {}, weights
+        old = model.get_submodule(embedding)
+        assert isinstance(old, nn.Embedding)
+        try:
+            if isinstance(old, TurboQuantEmbedding):
+                again = quantize_weight(weight, **old.settings, name=name).weight
+                planes = [plane for plane in PLANES if getattr(again, plane) is not None]
+                if not all(torch.equal(getattr(old, plane), getattr(again, plane)) for plane in planes):
+                    raise ConfigError(
+                        f"{name} and {embedding} are stored with different weights, but the model's config ties them: set "
+                        "tie_word_embeddings to false in its config.json"
+                    )
+                return {}, weights
+            new = TurboQuantEmbedding.from_embedding(old, self._config_of(name), weight=weight, name=embedding)
+        except TurboQuantError as error:
+            self._failure = error
+            return {}, weights
+        replace_embedding(model, embedding, new)
+        _mark_as_initialized(model)
+        tie_planes(model)
+        return {f"{embedding}.{plane}": tensor for plane in PLANES if (tensor := getattr(new, plane)) is not None}, weights
 
     def quantize_layer(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Quantizes ``weight`` as the checkpoint holds it and puts the new layer in place; returns its planes by name.
@@ -270,21 +338,37 @@ class TurboQuantHfQuantizer(HfQuantizer):
     # -- pre-quantized
 
     def _declare_layers(self, model: Any) -> None:
-        """Puts empty quantized layers on the meta device where the checkpoint has planes: everywhere but at ``skip``."""
+        """Puts empty quantized layers on the meta device where the checkpoint has planes: at ``embeddings``, and everywhere
+        else but at ``skip``."""
         config = self.quantization_config
         if config.skip is None:
             raise FormatError("config.json: skip is null: a checkpoint must list the linear layers that are not quantized")
         skip = set(_with_and_without_prefix(model, config.skip))
         layer_bits = _with_and_without_prefix(model, config.layer_bits or {})
-        config = dataclasses.replace(config, layer_bits=layer_bits)
+        config = dataclasses.replace(
+            config, layer_bits=layer_bits, embeddings=_with_and_without_prefix(model, config.embeddings or {})
+        )
+        for name, module in list(model.named_modules()):
+            own = config.for_embedding(name)
+            if isinstance(module, nn.Embedding) and own is not None:
+                replace_embedding(model, name, TurboQuantEmbedding.like(module, own))
+        tie_planes(model)
         for name, module in list(model.named_modules()):
             if is_linear(module) and name not in skip:
                 rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
                 bias = module.bias is not None
                 own = config.for_layer(name)
                 layer = TurboQuantLinear(columns, rows, bias, own, device="meta", dtype=module.weight.dtype)
-                layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing to initialise: _check_files sees to it
-                walker.replace_module(model, name, layer)
+                replace_module(model, name, layer)
+        _mark_as_initialized(model)
+
+
+def _mark_as_initialized(model: Any) -> None:
+    """There is nothing to initialise in linear layers: :func:`_check_files` sees to it that all planes come. An embedding
+    may have a scale that Transformers must set; its weight carries a mark of its own."""
+    for module in model.modules():
+        if isinstance(module, TurboQuantLinear):
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _with_and_without_prefix(model: Any, names: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -301,10 +385,10 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
     Also tells Transformers which keys are rightly left over: the tripwire, and residual planes that are not wanted.
     """
     stored = _stored_tensors(model, files, conversions)
-    layers = _layers(model)
-    for layer_name, layer in layers.items():
-        for part, parameter in layer.named_parameters():
-            name = f"{layer_name}.{part}"
+    layers = stored_modules(model)
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] in packed and name not in model.all_tied_weights_keys:
             got = stored.get(name)
             dtypes, shape = _DTYPES.get(parameter.dtype, _FLOATS), tuple(parameter.shape)
             if got is None or got.shape != shape or got.dtype not in dtypes:
@@ -315,14 +399,19 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
                 )
     # Keys without a parameter keep their name on disk, which may lack or have a prefix that the layer's planes do not.
     on_disk = {tensor.name: name for name, tensor in stored.items()}
-    dense = {name for name, module in model.named_modules() if is_linear(module)}
+    dense = {
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) or (isinstance(module, nn.Embedding) and not isinstance(module, PackedPlanes))
+    }
     expected = set()
     for name, tensor in stored.items():
         disk_layer, _, part = tensor.name.rpartition(".")
         owner = layers.get(on_disk.get(f"{disk_layer}.codes", "").removesuffix(".codes"))
         if part == "codes" and {disk_layer, f"{model.base_model_prefix}.{disk_layer}"} & dense:
             raise FormatError(
-                f"{tensor.name} is stored, but config.json lists {disk_layer} under skip: restore its config.json"
+                f"{tensor.name} is stored, but config.json lists {disk_layer} under skip, or an embedding not under "
+                "embeddings: restore its config.json"
             )
         if owner is not None and part == "residual" and owner.residual is None:
             if not drops_residual:
@@ -349,11 +438,7 @@ def _check_manifest(config: TurboQuantConfig, files: list[str]) -> None:
 def _check_exponents(model: Any) -> None:
     """The one range rule of the format, for a model that came through ``from_pretrained`` without :func:`load_quantized`."""
     for name, layer in model.named_modules():
-        if (
-            isinstance(layer, TurboQuantLinear)
-            and not layer.exponents.is_meta
-            and layer.packed.exponents.max() > MAX_EXPONENT
-        ):
+        if isinstance(layer, PackedPlanes) and not layer.exponents.is_meta and layer.packed.exponents.max() > MAX_EXPONENT:
             raise FormatError(
                 f"{name}.exponents holds {int(layer.packed.exponents.max())}: exponents must be at most {MAX_EXPONENT}. "
                 "The checkpoint is damaged; fetch it again"
@@ -382,39 +467,56 @@ def _stored_tensors(model: Any, files: list[str], conversions: list[Any]) -> dic
     return stored
 
 
-def _dense_layer(layer: TurboQuantLinear, original: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A dense layer of the class of ``original`` (on meta) with the weights that ``layer`` stands for."""
-    weight = layer.dequantize(dtype)
+def _dense_layer(
+    layer: PackedPlanes, original: nn.Module, dtype: torch.dtype | None, shared: nn.Parameter | None
+) -> nn.Module:
+    """A dense layer of the class of ``original`` (on meta) with the weights of ``layer``, or the ``shared`` ones."""
+    if isinstance(layer, TurboQuantEmbedding):
+        embedding = layer.to_embedding(dtype)
+        if shared is not None:
+            embedding.weight = shared
+        return embedding
+    assert isinstance(layer, TurboQuantLinear)
     dense = copy.deepcopy(original)
-    dense.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(original) else weight)
+    if shared is not None:
+        dense.weight = shared
+    else:
+        weight = layer.dequantize(dtype)
+        dense.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(original) else weight)
     if layer.bias is not None:
         dense.bias = layer.bias
     return dense.train(layer.training)
 
 
-def _layers(model: Any) -> dict[str, TurboQuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, TurboQuantLinear)}
-
-
 def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig, str]:
     """``config`` as the layers of ``model`` are now, which the user may have changed, and the first quantized one's name."""
-    layers = _layers(model)
-    if not layers:
+    modules = stored_modules(model)
+    if not modules:
         raise ConfigError(
             f"this {type(model).__name__} has no quantized layer left: call model.dequantize() before saving a dense model"
         )
-    first = next(iter(layers))
-    shared = {field: getattr(layers[first], field) for field in ("group_size", "seed")}
-    for name, layer in layers.items():
+    linears = {name: module for name, module in modules.items() if isinstance(module, TurboQuantLinear)}
+    first = next(iter(linears or modules))
+    shared = {field: modules[first].settings[field] for field in ("group_size", "seed")}
+    for name, module in modules.items():
         for field, value in shared.items():
-            if getattr(layer, field) != value:
+            if module.settings[field] != value:
                 raise ConfigError(
-                    f"{field} is {value} in {first}, but {getattr(layer, field)} in {name}: a checkpoint has one {field} "
+                    f"{field} is {value} in {first}, but {module.settings[field]} in {name}: a checkpoint has one {field} "
                     "for all layers. Quantize them with one config"
                 )
-    bits = {name: (layer.bits, layer.residual_bits) for name, layer in layers.items()}
-    live = dataclasses.replace(config, layer_bits=bits, **shared)
-    return live.exact(layers, (name for name, module in model.named_modules() if is_linear(module))), first
+    for target, source in model.all_tied_weights_keys.items():
+        name, other = target.rpartition(".")[0], source.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, PackedPlanes) and other in modules and module.settings != modules[other].settings:
+            raise ConfigError(
+                f"{name} and {other} share their planes, but read them as {module.label} and {modules[other].label} bits: "
+                "make them alike, e.g. with base_only_() on both"
+            )
+    bits = {name: (module.bits, module.residual_bits) for name, module in modules.items()}
+    live = dataclasses.replace(config, layer_bits={name: bits[name] for name in linears}, **shared)
+    skip = (name for name, module in model.named_modules() if is_linear(module))
+    return live.exact(linears, skip, {name: bits[name] for name in bits.keys() - linears.keys()}), first
 
 
 def _provenance(model: Any) -> dict[str, str]:
@@ -443,10 +545,13 @@ def attach(model: Any, config: TurboQuantConfig) -> None:
     model.is_quantized = True
     model.config.quantization_config = config
     _save_own_names(model)
+    tie_planes(model)
     tied = model.all_tied_weights_keys
-    for name, module in model.named_modules():
-        if isinstance(module, TurboQuantLinear) and tied.pop(f"{name}.weight", None) is not None:
-            # Quantized on request (skip=[]): from now on the head is a matrix of its own, also for whoever loads the files.
+    packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
+    for target, source in list(tied.items()):
+        if target in packed or source in packed:
+            # Quantized apart (skip=[]): from now on the head is a matrix of its own, also for whoever loads the files.
+            del tied[target]
             model.config.tie_word_embeddings = False
             model.config.get_text_config().tie_word_embeddings = False
 
