@@ -9,13 +9,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, dequantize, feedback, rotate, splitk
+from turboquant_weights.kernels import decode, dequantize, feedback, rotate, slices, splitk
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
     out="*bf16", partial="*fp32", counters="*i32", sign="*bf16", matrix="*bf16",
 )  # fmt: skip
-DIVISIBLE = ("x_stride", "code_stride", "residual_stride", "out_stride")
+DIVISIBLE = ("x_stride", "code_stride", "out_stride")
 
 
 def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **constants):
@@ -36,13 +36,20 @@ def main(capability: int) -> None:
     pdl = capability >= 90
     for bits, residual_bits in (*decode.FAST, (3, 2)):
         planes = dict(BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.assembly(bits, residual_bits))
-        tile = dict(BLOCK_M=16, BLOCK_N=64, REDUCE=True, STAGES=1, TAIL=True, HAS_BIAS=True, PDL=pdl)
-        kernel = build(splitk.splitk_kernel, capability, 4, **planes, **tile)
-        assert ("wgmma" if pdl else "mma.sync") in kernel.asm["ptx"]
+        common = dict(REDUCE=True, HAS_BIAS=True, PDL=pdl)
+        for stages, tail in ((1, True), (3, False)):
+            tile = dict(BLOCK_M=16, BLOCK_N=64, STAGES=stages, TAIL=tail)
+            kernel = build(splitk.splitk_kernel, capability, 4, **planes, **tile, **common)
+            assert ("wgmma" if pdl else "mma.sync") in kernel.asm["ptx"]
+        if planes["ASSEMBLY"]:
+            few = dict(RESIDUAL_BITS=residual_bits, ASSEMBLY=planes["ASSEMBLY"], ROWS=16, WARPS=4, TAIL=True)
+            kernel = build(slices.slices_kernel, capability, 4, **few, **common)
+            assert "mma.sync" in kernel.asm["ptx"]
+            assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
         build(dequantize.dequantize_kernel, capability, 4, **planes)
     activations = POINTERS | dict(x="*bf16")
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)
-    build(rotate.rotate_kernel, capability, 4, activations, TILES=64)
+    build(rotate.rotate_kernel, capability, 4, activations, TILES=64, INVERSE=True)
     floats = dict.fromkeys(("block", "scale", "factor", "boundaries", "levels", "errors", "losses"), "*fp32")
     for log_levels in (2, 4, 8):
         build(feedback.feed_back_kernel, capability, 4, floats | dict(codes="*u8"), LOG_LEVELS=log_levels, ROWS=32)

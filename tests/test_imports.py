@@ -24,7 +24,7 @@ LEVELS = [
     {"feedback"},
     {"stream"},
     {"calibration", "sensitivity", "allocation"},
-    {"model"},
+    {"model", "fusion"},
     {"header"},
     {"checkpoint"},
     {"evaluation"},
@@ -105,13 +105,16 @@ def test_public_names():
         "LayerReport",
         "QuantizationError",
         "QuantizationReport",
+        "ScheduleError",
         "TurboQuantConfig",
         "TurboQuantEmbedding",
         "TurboQuantError",
         "TurboQuantLinear",
+        "fuse_projections",
         "load",
         "quantize_model",
         "save",
+        "unfuse_projections",
     ]
     for name in turboquant_weights.__all__:
         assert getattr(turboquant_weights, name).__doc__, f"{name} has no docstring"

@@ -25,7 +25,7 @@ from ptx_emulator import inline_asm_elementwise, run
 
 from turboquant_weights.kernels import decode
 from turboquant_weights.kernels import linear as kernels
-from turboquant_weights.kernels.schedule import Schedule, choose
+from turboquant_weights.kernels.schedule import Slices, SplitK, choose
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -49,14 +49,17 @@ def _working_interpreter(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """What a kernel forgets to write is NaN (or 255): never a lucky zero."""
-    empty = torch.empty
+    """What a kernel forgets to write is NaN (or 127): never a lucky zero."""
 
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
+    def poisoning(allocate):
+        def poisoned(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(127)
 
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
 
 
 @pytest.fixture
@@ -96,8 +99,9 @@ def inputs(m: int, n: int, k: int, dtype=torch.float16, bias=True):
     return x, torch.randn(n, generator=generator).to(DEVICE, dtype) if bias else None
 
 
-def test_order_of_columns_is_a_permutation():
-    assert sorted(map(decode.physical_column, range(128))) == list(range(128))
+def test_orders_of_columns_are_permutations():
+    for column in (decode.physical_column, decode.slice_column):
+        assert sorted(map(column, range(128))) == list(range(128))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,17 +155,62 @@ def test_assembly_results_share_no_register_with_operands():
     """Results are written before the last operand is read. The emulator cannot see that two of them share a register."""
     for constraints in (decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS):
         assert all(c.startswith("=&") for c in constraints.value.split(",") if "=" in c)
-    assert inspect.getsource(decode).count('"=r,') == 1  # _register, which writes its result last
+    assert inspect.getsource(decode).count('"=r,') == 2  # _register and the scales, which write their result last
 
 
-@pytest.mark.parametrize("schedule", [(16, 64, 1, 3, 4), (16, 64, 4, 2, 4), (32, 64, 3, 1, 4), (64, 128, 2, 3, 8)])
-def test_every_schedule_gives_the_result(schedule):
+def scheduled(schedule):
     def fused(x, packed, bias, k, **layout):
         out = torch.full((x.shape[0], packed.codes.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
-        kernels.fused(x, packed, bias, out, k, *layout.values(), Schedule(*schedule))
+        kernels.fused(x, packed, bias, out, k, *layout.values(), schedule)
         return out
 
-    check(*inputs(37, 130, 544), 130, 544, 4, 0, function=fused)
+    return fused
+
+
+SPLITK_SCHEDULES = [(16, 64, 1, 1, 4), (16, 64, 4, 2, 4), (32, 64, 3, 1, 4), (64, 128, 2, 3, 8), (128, 64, 3, 3, 4)]
+
+
+@pytest.mark.parametrize("schedule", [SplitK(*entry) for entry in SPLITK_SCHEDULES])
+@pytest.mark.parametrize("k", [512, 544])
+def test_every_schedule_gives_the_result(schedule, k):
+    check(*inputs(37, 130, k), 130, k, 4, 0, function=scheduled(schedule))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize("schedule", [SplitK(32, 64, 2, 3, 4), SplitK(16, 64, 1, 1, 4), Slices(2, 1), Slices(4, 3)])
+def test_every_schedule_on_the_assembly_path(schedule, bits, residual_bits, assembly_on_cpu):
+    tokens = 7 if isinstance(schedule, Slices) else 33
+    for n, k in ((67, 1024), (33, 896), (40, 288)):  # whole turns, a missing turn, a missing part of a tile
+        check(*inputs(tokens, n, k), n, k, bits, residual_bits, function=scheduled(schedule))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize("schedule", [Slices(2, 1), Slices(4, 3), Slices(8, 2), Slices(1, 1)])
+@pytest.mark.parametrize("m", [1, 2, 7, 8])
+def test_slices_on_a_gpu(m, schedule, bits, residual_bits):
+    for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32)):
+        check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(schedule))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "m"), [(67, 288, 5), (130, 100, 70), (16, 512, 0)])
+@pytest.mark.parametrize("residual_bits", [0, 4])
+def test_gradient_of_the_input(n, k, m, residual_bits, dtype, monkeypatch):
+    packed, exact = layer(n, k, 4, residual_bits)
+    layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
+    grad = torch.randn(2, m, n, generator=torch.Generator().manual_seed(m)).to(DEVICE, dtype)
+    want = grad.double() @ exact
+    eager = reference.linear_input_gradient(grad, packed, k, **layout)
+    got = kernels.linear_input_gradient(grad, packed, k, **layout)
+    assert got.shape == (2, m, k)
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() <= 2 * (eager.double() - want).norm() + 1e-6 * want.norm()
+    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1 << 14)  # in parts
+    parts = kernels.linear_input_gradient(grad, packed, k, **layout)
+    assert (parts.double() - want).norm() <= 2 * (eager.double() - want).norm() + 1e-6 * want.norm()
 
 
 def test_strided_input_and_leading_dimensions():
@@ -225,8 +274,13 @@ def test_heuristic_covers_everything():
         for rows in (1, 100, 4096, 152064):
             for columns in (32, 3584, 18944):
                 schedule = choose("none", tokens, rows, columns, 0)
-                assert schedule.block_m >= min(tokens, 64)
-                assert 1 <= schedule.split <= max(1, -(-columns // 128))
+                tiles = max(1, -(-columns // 128))
+                if isinstance(schedule, Slices):
+                    assert tokens <= 8
+                    assert 1 <= schedule.split * schedule.warps <= tiles
+                else:
+                    assert schedule.block_m >= min(tokens, 64)
+                    assert 1 <= schedule.split <= tiles
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

@@ -5,7 +5,8 @@ from importlib.metadata import version as _version
 
 from .config import TurboQuantConfig
 from .embedding import TurboQuantEmbedding
-from .errors import ConfigError, FormatError, QuantizationError, TurboQuantError
+from .errors import ConfigError, FormatError, QuantizationError, ScheduleError, TurboQuantError
+from .fusion import fuse_projections, unfuse_projections
 from .integrations import load, register_lazily, save
 from .linear import TurboQuantLinear
 from .model import LayerReport, QuantizationReport, quantize_model
@@ -16,13 +17,16 @@ __all__ = [
     "LayerReport",
     "QuantizationError",
     "QuantizationReport",
+    "ScheduleError",
     "TurboQuantConfig",
     "TurboQuantEmbedding",
     "TurboQuantError",
     "TurboQuantLinear",
+    "fuse_projections",
     "load",
     "quantize_model",
     "save",
+    "unfuse_projections",
 ]
 
 try:

@@ -15,3 +15,7 @@ class QuantizationError(TurboQuantError, ValueError):
 
 class FormatError(TurboQuantError, ValueError):
     """A checkpoint breaks a MUST rule of FORMAT.md."""
+
+
+class ScheduleError(TurboQuantError, ValueError):
+    """A file of kernel schedules cannot be read."""

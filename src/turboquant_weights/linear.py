@@ -96,11 +96,7 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] of a floating dtype; returns [..., out_features] of the same dtype."""
-        if input.shape[-1:] != (self.in_features,) or not input.is_floating_point():
-            raise QuantizationError(
-                f"TurboQuantLinear got a {input.dtype} tensor of shape {tuple(input.shape)}: "
-                f"a floating-point tensor [..., {self.in_features}] is needed"
-            )
+        self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return ops.linear(
@@ -116,6 +112,14 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
             self.group_size,
             self.seed,
         )
+
+    def check_input(self, input: Tensor) -> None:
+        """Raises QuantizationError unless ``input`` is a floating-point tensor [..., in_features]."""
+        if input.shape[-1:] != (self.in_features,) or not input.is_floating_point():
+            raise QuantizationError(
+                f"TurboQuantLinear got a {input.dtype} tensor of shape {tuple(input.shape)}: "
+                f"a floating-point tensor [..., {self.in_features}] is needed"
+            )
 
     def extra_repr(self) -> str:
         return (

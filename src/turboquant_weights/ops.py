@@ -30,6 +30,7 @@ _OLDEST_TRITON = (3, 6)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
+_LIBRARY.define(f"linear_inference(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"linear_input_gradient(Tensor grad, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor", tags=_TAGS)
 
@@ -61,21 +62,29 @@ _linear = _on_planes(reference.linear)
 _linear_engine = _on_planes(cpu.linear)
 
 
-def _linear_input_gradient(
-    grad: Tensor,
-    codes: Tensor,
-    residual: Tensor | None,
-    scales: Tensor,
-    exponents: Tensor,
-    in_features: int,
-    bits: int,
-    residual_bits: int,
-    group_size: int,
-    seed: int,
-) -> Tensor:
-    packed = PackedWeight(codes, residual, scales, exponents)
-    layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
-    return reference.linear_input_gradient(grad, packed, in_features, **layout)
+def _gradient_on_planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same for :func:`reference.linear_input_gradient`."""
+
+    def op(
+        grad: Tensor,
+        codes: Tensor,
+        residual: Tensor | None,
+        scales: Tensor,
+        exponents: Tensor,
+        in_features: int,
+        bits: int,
+        residual_bits: int,
+        group_size: int,
+        seed: int,
+    ) -> Tensor:
+        packed = PackedWeight(codes, residual, scales, exponents)
+        layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+        return function(grad, packed, in_features, **layout)
+
+    return op
+
+
+_linear_input_gradient = _gradient_on_planes(reference.linear_input_gradient)
 
 
 def _embedding(
@@ -125,6 +134,13 @@ def _linear_kernels() -> Callable[..., Tensor]:
     return _on_planes(linear)
 
 
+@functools.cache
+def _gradient_kernels() -> Callable[..., Tensor]:
+    from .kernels.linear import linear_input_gradient
+
+    return _gradient_on_planes(linear_input_gradient)
+
+
 def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
     # Documented: float64 computes with the reference, and so does a machine without Triton, which says so.
     if x.dtype == torch.float64 or not has_triton():
@@ -140,15 +156,24 @@ def _linear_cpu(x: Tensor, *arguments: Any) -> Tensor:
     return _linear_engine(x, *arguments)
 
 
+def _linear_input_gradient_cuda(grad: Tensor, *arguments: Any) -> Tensor:
+    if grad.dtype == torch.float64 or not has_triton():
+        return _linear_input_gradient(grad, *arguments)
+    return _gradient_kernels()(grad, *arguments)
+
+
 # The plain-PyTorch reference serves every device but those with kernels of their own.
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear_cpu, "CPU")
-_LIBRARY.impl("linear", _linear_cuda, "CUDA")
+for _name in ("linear", "linear_inference"):
+    _LIBRARY.impl(_name, _linear, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _linear_cpu, "CPU")
+    _LIBRARY.impl(_name, _linear_cuda, "CUDA")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_input_gradient", _linear_input_gradient_cuda, "CUDA")
 
 
 @torch.library.register_fake("turboquant_weights::linear", lib=_LIBRARY)
+@torch.library.register_fake("turboquant_weights::linear_inference", lib=_LIBRARY)
 def _(x, codes, residual, scales, exponents, bias, in_features, bits, residual_bits, group_size, seed):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
@@ -199,5 +224,13 @@ torch.library.register_autograd(
     lib=_LIBRARY,
 )
 
-linear = torch.ops.turboquant_weights.linear
 embedding = torch.ops.turboquant_weights.embedding
+_differentiable = torch.ops.turboquant_weights.linear.default
+_inference = torch.ops.turboquant_weights.linear_inference.default
+
+
+def linear(x: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor, bias: Tensor | None,
+           *layout: int) -> Tensor:  # fmt: skip
+    """The op; without its gradient, whose Python costs several microseconds per call, where none can be asked for."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return (_differentiable if wanted else _inference)(x, codes, residual, scales, exponents, bias, *layout)

@@ -3,7 +3,8 @@
 **Order of columns.** A thread loads 16 bytes of a row of ``codes``: the 32 columns of one scale. In a tile of 128 columns,
 column ``t*32 + p*8 + h*4 + i0*2 + i1`` (thread ``t`` of 4, word ``p`` of 4, the rest inside a 32-bit word) takes place
 ``(p*2 + h)*16 + i1*8 + t*2 + i0`` of the contraction: the place at which that thread's registers sit in a tensor-core
-fragment. ``rotate.py`` writes activations in this order.
+fragment. ``rotate.py`` writes activations in this order. Where activations, too, come straight from memory into registers
+(``slices.py``), a thread wants its own 32 columns in four loads of 16 bytes: order ``slice_column``.
 
 **Base plane of 4 bits.** Half-integer levels in half precision: ``prmt`` looks up the two bytes of four magnitudes at a
 time, one more turns four sign bits into bytes, four join the bytes into half2 pairs, and a packed multiply applies the
@@ -36,6 +37,16 @@ def physical_column(place: int) -> int:
     True
     """
     p, h, i1, t, i0 = place >> 5, (place >> 4) & 1, (place >> 3) & 1, (place >> 1) & 3, place & 1
+    return t * 32 + p * 8 + h * 4 + i0 * 2 + i1
+
+
+def slice_column(place: int) -> int:
+    """The column, within its tile of 128, at ``place`` of an activation that ``slices.py`` reads.
+
+    >>> sorted(map(slice_column, range(128))) == list(range(128))
+    True
+    """
+    p, t, h, i1, i0 = place >> 5, (place >> 3) & 3, (place >> 2) & 1, (place >> 1) & 1, place & 1
     return t * 32 + p * 8 + h * 4 + i0 * 2 + i1
 
 
@@ -139,6 +150,10 @@ _WIDEN_1 = tl.constexpr(
     )
     + "}"
 )
+# A scale byte is a half-precision number shifted right by 5, times 2**-12: $2 selects it, twice.
+_SCALE = tl.constexpr(
+    "{ .reg .b32 t, c; mov.b32 c, 0x6c006c00; prmt.b32 t, $1, 0, $2; shl.b32 t, t, 5; mul.rn.f16x2 $0, t, c; }"
+)
 _RESULTS = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r"
 _BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 14)
 _NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 6)
@@ -165,45 +180,49 @@ def tables(RESIDUAL_BITS: tl.constexpr):
 
 
 @triton.jit
-def scale_pairs(scale):
-    """Scale bytes -> int32 holding the half-precision number ``value * 2**-7`` twice."""
-    half = (scale.to(tl.int16) << 5).to(tl.float16, bitcast=True) * 4096.0
-    word = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return word | (word << 16)
+def scale_pairs(scale, pick):
+    """Byte ``pick`` of int32 words of scale bytes -> int32 holding the half-precision number ``value * 2**-7`` twice."""
+    return tl.inline_asm_elementwise(
+        _SCALE, "=r,r,r", [scale, pick * 0x101 + 0x4040], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
-def widen_residual(packed, ROWS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
-    """int32 [ROWS, 128 * RESIDUAL_BITS] -> 4 bits per column, int32 [ROWS, 512]; without a residual, as it is."""
+def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
+    """int32 [ROWS, THREADS * RESIDUAL_BITS] -> 4 bits per column, int32 [ROWS, THREADS * 4]; without a residual, as it is."""
     if RESIDUAL_BITS == 2:
         w0, w1 = tl.inline_asm_elementwise(_WIDEN_2, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-        words = tl.join(w0, w1).reshape(ROWS, 512)
+        words = tl.join(w0, w1).reshape(ROWS, THREADS * 4)
     elif RESIDUAL_BITS == 1:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             _WIDEN_1, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, 512)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, THREADS * 4)
     else:
         words = packed
     return words
 
 
 @triton.jit
-def decode_words(codes, residual, scale, words, ROWS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Codes int32 [ROWS, 512], raw residual, scale bytes [ROWS, 128], :func:`tables` -> half [ROWS, 512, 2, 2, 2].
+def decode_words(
+    codes, residual, pairs, words, ROWS: tl.constexpr, THREADS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Codes int32 [ROWS, THREADS * 4], raw residual, :func:`scale_pairs` [ROWS, THREADS], :func:`tables` -> half
+    [ROWS, THREADS * 4, 2, 2, 2].
 
-    Dimensions: row, (thread 128, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
+    Dimensions: row, (thread, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
     """
-    pairs = tl.broadcast_to(tl.expand_dims(scale_pairs(scale), 2), (ROWS, 128, 4)).reshape(ROWS, 512)
+    pairs = tl.broadcast_to(tl.expand_dims(pairs, 2), (ROWS, THREADS, 4)).reshape(ROWS, THREADS * 4)
     if RESIDUAL_BITS == 0:
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASSEMBLY, _BASE_CONSTRAINTS, [codes, pairs, words[0], words[1], words[2], words[3], words[4]],
             dtype=(tl.float16,) * 8, is_pure=True, pack=2,
         )  # fmt: skip
     else:
+        refined = widen_residual(residual, ROWS, THREADS, RESIDUAL_BITS)
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
-            ASSEMBLY, _NESTED_CONSTRAINTS, [codes, widen_residual(residual, ROWS, RESIDUAL_BITS), pairs],
-            dtype=(tl.float16,) * 8, is_pure=True, pack=2,
+            ASSEMBLY, _NESTED_CONSTRAINTS, [codes, refined, pairs], dtype=(tl.float16,) * 8, is_pure=True, pack=2
         )  # fmt: skip
     even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
     odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_gather, decode_words, power_of_two, tables
+from .decode import decode_gather, decode_words, power_of_two, scale_pairs, tables
 
 
 @triton.jit(do_not_specialize=["rows", "scale_stride", "groups"])
@@ -45,7 +45,7 @@ def dequantize_kernel(
             rest_group = tl.minimum(tile * 4 + (rest // RESIDUAL_BITS) % 4, groups - 1)
             offset = rest_row * (residual_stride // 4) + rest_group * RESIDUAL_BITS + rest % RESIDUAL_BITS
             refined = tl.load(residual.to(tl.pointer_type(tl.int32)) + offset[None, :])
-        weight = decode_words(packed, refined, scale, words, 1, RESIDUAL_BITS, ASSEMBLY)
+        weight = decode_words(packed, refined, scale_pairs(scale.to(tl.int32), 0), words, 1, 128, RESIDUAL_BITS, ASSEMBLY)
         # dims: row 32, t, p1, i0, p0, h, i1 -> row, columns (t, p, h, i0, i1)
         weight = weight.reshape(32, 4, 2, 2, 2, 2, 2).trans(0, 1, 2, 4, 5, 3, 6).reshape(32, 128).to(tl.float32)
     exponent = tl.load(exponents + safe_row).to(tl.int32) + 7

@@ -17,16 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import hadamard, signs
-from .decode import TILE, physical_column, power_of_two
+from .decode import TILE, physical_column, power_of_two, slice_column
+
+
+# Orders of the columns within a tile of 128: as stored, and as the two matmuls want them.
+NATURAL, SPLITK, SLICES = range(3)
+_COLUMN = {NATURAL: int, SPLITK: physical_column, SLICES: slice_column}
 
 
 @functools.lru_cache(maxsize=32)
-def tile_matrix(block: int, ordered: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[128, 128] of +1, -1, 0: block-diagonal Hadamard; with ``ordered`` its columns are in the decoder's order."""
+def tile_matrix(block: int, order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[128, 128] of +1, -1, 0: block-diagonal Hadamard with its columns in ``order``."""
     one = (hadamard(block) * block**0.5).round()
     matrix = torch.block_diag(*[one] * (TILE // block))
-    if ordered:
-        matrix = matrix[:, [physical_column(place) for place in range(TILE)]]
+    matrix = matrix[:, [_COLUMN[order](place) for place in range(TILE)]]
     return matrix.to(device=device, dtype=dtype).contiguous()
 
 
@@ -92,8 +96,12 @@ def rotate_scaled_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def rotate_kernel(x, x_stride, sign, matrix, out, out_stride, rows, columns, tiles, out_columns, norm, TILES: tl.constexpr):
-    """Rotates the ``rows = tokens * tiles`` tiles in the input's dtype, natural order of columns, ``TILES`` at a time."""
+def rotate_kernel(
+    x, x_stride, sign, matrix, out, out_stride, rows, columns, tiles, out_columns, norm,
+    TILES: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Rotates (INVERSE: rotates back) the ``rows = tokens * tiles`` tiles in the input's dtype, natural order of columns,
+    ``TILES`` at a time."""
     place = tl.arange(0, 128)
     square = tl.load(matrix + place[:, None] * 128 + place[None, :])
     for start in tl.range(tl.program_id(0) * TILES, rows, tl.num_programs(0) * TILES):
@@ -103,6 +111,9 @@ def rotate_kernel(x, x_stride, sign, matrix, out, out_stride, rows, columns, til
         live = (index < rows)[:, None]
         values = tl.load(x + token * x_stride + column, mask=live & (column < columns), other=0.0)
         flips = tl.load(sign + column)
-        rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
+        if INVERSE:
+            rotated = tl.dot(values, square, input_precision="ieee") * norm * flips.to(tl.float32)
+        else:
+            rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
         address = out + token * out_stride + column
         tl.store(address, rotated.to(out.dtype.element_ty), mask=live & (column < out_columns))

@@ -1,13 +1,33 @@
-"""Which tile sizes a shape gets: a table measured per GPU, a heuristic for the rest. Nothing is timed at run time."""
+"""Which kernel and tile sizes a shape gets: a table measured per GPU, a heuristic for the rest. Nothing is timed at run time.
+
+``turboquant-weights tune`` measures shapes on the GPU at hand and writes a JSON file; the environment variable
+``TURBOQUANT_WEIGHTS_SCHEDULES`` names such a file, whose entries come before the table's.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 
-class Schedule(NamedTuple):
-    """Tile of ``block_n`` rows x ``block_m`` tokens; ``split`` programs share the columns; ``stages`` tiles in flight."""
+from ..errors import ScheduleError
+from .slices import MOST_TOKENS
+
+
+class Slices(NamedTuple):
+    """``slices.py``: 16 rows x 8 tokens per program, ``warps * split`` slices of the columns."""
+
+    warps: int
+    split: int
+
+
+class SplitK(NamedTuple):
+    """``splitk.py``: a tile of ``block_n`` rows x ``block_m`` tokens; ``split`` programs share the columns; ``stages`` tiles
+    in flight through shared memory (1: through registers)."""
 
     block_m: int
     block_n: int
@@ -16,94 +36,140 @@ class Schedule(NamedTuple):
     warps: int
 
 
-# Programs of 4 and of 8 warps that fill an H100 well: about two, and one, waves. A share has at least four tiles of columns.
-_PROGRAMS = {4: 1200, 8: 300}
-_LEAST_COLUMNS = 512
+Schedule = Slices | SplitK
+
+SLICE_ROWS = 16
+# Warps of `slices.py` that an H100 wants, at least and at most; programs of `splitk.py` that it wants, by block_m.
+_SLICE_WARPS = (1700, 4800)
+_PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
+_LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Token counts at which the table has entries; a batch takes the next larger one.
 _TOKENS = (1, 8, 16, 32, 64, 128, 256)
-# GPU -> (rows, columns, residual bits) -> tokens -> schedule: from `benchmarks/linear.py --search`.
-_TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, int, int, int, int]]]] = {
+# GPU -> (rows, columns, residual bits) -> tokens -> Slices or SplitK.
+_TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
     "NVIDIA H100 80GB HBM3": {
         (4096, 4096, 0): {
-            1: (16, 64, 8, 1, 4),
-            8: (16, 64, 8, 1, 4),
+            1: (8, 1),
+            8: (8, 1),
             16: (16, 128, 8, 1, 8),
             32: (32, 128, 8, 1, 8),
-            64: (32, 128, 4, 1, 8),
-            128: (64, 128, 4, 1, 4),
-            256: (64, 128, 2, 3, 4),
+            64: (64, 64, 6, 3, 4),
+            128: (128, 64, 4, 3, 4),
+            256: (128, 64, 2, 3, 4),
         },
         (4096, 4096, 4): {
-            1: (16, 64, 8, 1, 4),
-            8: (16, 64, 8, 1, 4),
+            1: (8, 1),
+            8: (8, 1),
             16: (16, 64, 8, 1, 4),
             32: (32, 64, 8, 1, 4),
-            64: (64, 128, 8, 1, 4),
-            128: (64, 128, 4, 1, 4),
-            256: (128, 128, 2, 1, 8),
+            64: (64, 64, 6, 3, 4),
+            128: (128, 64, 4, 3, 4),
+            256: (128, 64, 2, 3, 4),
         },
         (18944, 3584, 0): {
-            1: (16, 64, 3, 1, 4),
-            8: (16, 64, 4, 1, 4),
+            1: (2, 1),
+            8: (4, 1),
             16: (16, 64, 4, 1, 4),
             32: (32, 64, 4, 1, 4),
-            64: (64, 128, 3, 1, 8),
-            128: (64, 128, 1, 1, 8),
-            256: (64, 128, 1, 1, 8),
+            64: (64, 64, 2, 3, 4),
+            128: (128, 64, 1, 2, 4),
+            256: (128, 64, 1, 2, 4),
         },
         (18944, 3584, 4): {
-            1: (16, 128, 3, 1, 8),
-            8: (16, 64, 3, 1, 4),
+            1: (4, 1),
+            8: (4, 1),
             16: (16, 64, 3, 1, 4),
             32: (32, 64, 3, 1, 4),
-            64: (64, 128, 3, 3, 8),
-            128: (64, 128, 2, 3, 8),
-            256: (128, 128, 1, 1, 8),
+            64: (64, 64, 3, 3, 4),
+            128: (128, 64, 2, 3, 4),
+            256: (128, 64, 1, 2, 4),
         },
         (3584, 18944, 0): {
-            1: (16, 64, 12, 1, 4),
-            8: (16, 64, 12, 1, 4),
             16: (16, 64, 12, 1, 4),
             32: (32, 64, 12, 1, 4),
             64: (64, 128, 8, 1, 8),
-            128: (64, 128, 4, 3, 4),
-            256: (64, 128, 2, 3, 4),
+            128: (128, 64, 4, 3, 4),
+            256: (128, 64, 2, 3, 4),
         },
         (3584, 18944, 4): {
-            1: (16, 64, 16, 1, 4),
-            8: (16, 128, 8, 1, 8),
             16: (16, 64, 16, 1, 4),
             32: (32, 64, 16, 1, 4),
-            64: (64, 128, 8, 3, 8),
-            128: (128, 128, 4, 1, 8),
-            256: (128, 128, 2, 1, 8),
+            64: (64, 64, 6, 3, 4),
+            128: (128, 64, 4, 3, 4),
+            256: (128, 64, 2, 3, 4),
         },
     },
 }
+
+
+ENVIRONMENT = "TURBOQUANT_WEIGHTS_SCHEDULES"
+
+
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """What the table calls a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]]:
+    """A file of ``tune``: a list of objects with ``gpu``, ``rows``, ``columns``, ``residual_bits``, ``tokens``, ``schedule``."""
+    table: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {}
+    try:
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            shape = (int(entry["rows"]), int(entry["columns"]), int(entry["residual_bits"]))
+            schedule = tuple(int(value) for value in entry["schedule"])
+            if int(entry["tokens"]) not in _TOKENS or len(schedule) not in (2, 5) or min(schedule) < 1:
+                raise ValueError(f"{entry}: tokens must be one of {_TOKENS}, a schedule 2 or 5 positive integers")
+            table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ScheduleError(
+            f"{path} ({ENVIRONMENT}) is no file of schedules: {error!r}. Write it with `turboquant-weights tune`, or unset the variable"
+        ) from error
+    return table
+
+
+@functools.cache
+def _own_table() -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]]:
+    path = os.environ.get(ENVIRONMENT)
+    return read(Path(path)) if path else {}
 
 
 def crossover(bits: int, residual_bits: int, columns: int) -> int:
     """Tokens above which a layer is dequantized for cuBLAS (measured on an H100)."""
     if bits != 4 or residual_bits == 3:
         return 32  # no assembly decoder
-    return 256 if residual_bits == 0 and columns <= 8192 else 192
+    return 256 if columns <= 8192 else 192
 
 
 @functools.lru_cache(maxsize=8192)
 def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | None) -> Schedule:
     """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder."""
     if residual_bits is not None:
-        measured = _TABLE.get(gpu, {}).get((rows, columns, residual_bits))
-        if measured is not None:
-            return Schedule(*measured[next(t for t in _TOKENS if t >= tokens)])
-    return _heuristic(tokens, rows, columns)
+        shape, at = (rows, columns, residual_bits), next(t for t in _TOKENS if t >= tokens)
+        for table in (_own_table(), _TABLE):
+            entry = table.get(gpu, {}).get(shape, {}).get(at)
+            if entry is not None:
+                return Slices(*entry) if len(entry) == 2 else SplitK(*entry)
+        if tokens <= MOST_TOKENS:
+            return _slices(rows, columns)
+    return _splitk(tokens, rows, columns)
 
 
-def _heuristic(tokens: int, rows: int, columns: int) -> Schedule:
+def _slices(rows: int, columns: int) -> Slices:
+    """As many warps per program as fit into one wave; more programs if the GPU would be idle."""
+    fewest, most = _SLICE_WARPS
+    row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
+    warps = next((w for w in (8, 4) if row_tiles * w <= most), 2)
+    while warps > 1 and warps > tiles:
+        warps //= 2
+    fitting = [s for s in _SPLITS if s * warps * 2 <= tiles]
+    return Slices(warps, next((s for s in fitting if row_tiles * warps * s >= fewest), max(fitting, default=1)))
+
+
+def _splitk(tokens: int, rows: int, columns: int) -> SplitK:
     """What the table has in common."""
-    block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    block_n, warps = (64, 4) if block_m <= 32 else (128, 8)
-    programs = -(-rows // block_n) * -(-tokens // block_m)
-    fitting = [s for s in _SPLITS if programs * s <= _PROGRAMS[warps] and columns >= s * _LEAST_COLUMNS]
-    return Schedule(block_m, block_n, max(fitting, default=1), 1, warps)
+    block_m = next((b for b in (16, 32, 64) if tokens <= b), 128)
+    programs = -(-rows // 64) * -(-tokens // block_m)
+    fitting = [s for s in _SPLITS if programs * s <= _PROGRAMS[block_m] and columns >= s * _LEAST_COLUMNS]
+    return SplitK(block_m, 64, max(fitting, default=1), 1 if block_m <= 32 else 3, 4)

@@ -1,4 +1,4 @@
-"""The fused matmul: planes decoded in registers, tensor cores, split-K, exponents and bias in one launch.
+"""The fused matmul for 9 tokens and more: planes decoded in registers, tensor cores, split-K, exponents, bias in one launch.
 
 It computes ``out^T = W x^T``: the decoded weight is the left operand and never leaves registers, tokens are the small right
 operand. Program (row tile, split, token tile) sums its share of the columns; the last program of a tile to arrive adds the
@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_gather, decode_words, power_of_two, tables
+from .decode import decode_gather, decode_words, scale_pairs, tables
+from .reduction import reduce_and_finish
 from .rotate import launch_dependents, wait_for_producer
 
 
@@ -23,7 +24,18 @@ def _at(tile, index, UNITS: tl.constexpr, groups, TAIL: tl.constexpr):
     return group * UNITS + index % UNITS
 
 
-@triton.jit(do_not_specialize=["tokens", "scale_stride", "groups", "splits"])
+@triton.jit
+def _weight(
+    packed, refined, pairs, words, HALVES: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr
+):  # fmt: skip
+    """The decoded tile [HALVES * 32, 128] as a left operand."""
+    weight = decode_words(packed, refined, pairs, words, HALVES, 128, RESIDUAL_BITS, ASSEMBLY)
+    # dims: b1, tile of 64 rows, warp, g, t, p1, i0, p0, h, i1 -> rows (tile, warp, b1, g), columns (p, h, i1, t, i0)
+    weight = weight.reshape(2, HALVES // 2, 4, 8, 4, 2, 2, 2, 2, 2).trans(1, 2, 0, 3, 5, 7, 8, 9, 4, 6)
+    return weight.reshape(HALVES * 32, 128)
+
+
+@triton.jit(do_not_specialize=["tokens", "residual_stride", "scale_stride", "groups", "splits"])
 def splitk_kernel(
     x, token_scale, codes, residual, scales, exponents, bias, levels, out, partial, counters,
     tokens, rows, groups, x_stride, code_stride, residual_stride, scale_stride, splits,
@@ -32,8 +44,9 @@ def splitk_kernel(
 ):  # fmt: skip
     """``x`` float16 [tokens, x_stride] from ``rotate_scaled_kernel``; planes as on disk; ``out`` [tokens, rows].
 
-    ``groups`` is the number of scales per row; TAIL says that it is not a multiple of 4. ``partial`` float32 [row tiles,
-    token tiles, splits, BLOCK_N, BLOCK_M] and zeroed ``counters`` int32 [row tiles, token tiles] serve REDUCE (splits > 1).
+    ``groups`` is the number of scales per row; TAIL says that it is not a multiple of 4. STAGES > 1 is the depth of a pipeline
+    through shared memory. ``partial`` float32 [row tiles, token tiles, splits, BLOCK_N, BLOCK_M] and zeroed ``counters`` int32
+    [row tiles, token tiles] serve REDUCE (splits > 1).
     """
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
@@ -66,12 +79,11 @@ def splitk_kernel(
         # Registers 0 and 1 of a fragment are rows 8 apart there and 32 apart here: loads stay simple, `row` knows.
         HALVES: tl.constexpr = BLOCK_N // 32
         row = tile_n * BLOCK_N + (inner // 64) * 64 + ((inner // 8) % 2) * 32 + ((inner // 16) % 4) * 8 + inner % 8
-        half = tl.arange(0, HALVES)
-        half_row = tile_n * BLOCK_N + (half % (BLOCK_N // 64)) * 64 + (half // (BLOCK_N // 64)) * 32
         words = tables(RESIDUAL_BITS)
         half = tl.arange(0, HALVES)
         half_row = tile_n * BLOCK_N + (half % (BLOCK_N // 64)) * 64 + (half // (BLOCK_N // 64)) * 32
         thread = tl.arange(0, 128)
+        inner_row = tl.arange(0, 32)
         word = tl.arange(0, 512)
         WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)  # of the residual, per thread
         rest = tl.arange(0, 128 * WORDS)
@@ -79,64 +91,59 @@ def splitk_kernel(
         scale_row = tl.minimum(half_row[:, None] + (thread // 4)[None, :], rows - 1).to(tl.int64)
         rest_row = tl.minimum(half_row[:, None] + (rest // (4 * WORDS))[None, :], rows - 1).to(tl.int64)
         code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4)
-        scale_address = scales + scale_row * scale_stride
-        rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // 4)
-        # Software pipeline by hand: the next tile is on its way while this one is decoded; and the first tile of weights is
-        # on its way while the rotation still runs.
-        tile = tl.minimum(first, tl.cdiv(groups, 4) - 1)
-        packed = tl.load(code_address + _at(tile, word, 4, groups, TAIL)[None, :], eviction_policy="evict_first")
-        scale = tl.load(scale_address + _at(tile, thread, 1, groups, TAIL)[None, :])
-        refined = packed
-        if RESIDUAL_BITS > 0:
-            refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first")
-        if PDL:
-            wait_for_producer()
-        for tile in tl.range(first, last, num_stages=STAGES):
-            tokens_tile = tl.load(x_address + tile * 128)
-            ahead = tile + 1
-            more = ahead < last
-            next_packed = tl.load(
-                code_address + _at(ahead, word, 4, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
-            )
-            next_scale = tl.load(scale_address + _at(ahead, thread, 1, groups, TAIL)[None, :], mask=more)
-            next_refined = next_packed
+        rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // (4 * WORDS) * WORDS)
+        if STAGES == 1:
+            # The next tile of codes is on its way to registers while this one is decoded, and the first while the rotation
+            # still runs.
+            scale_address = scales + scale_row * scale_stride
+            tile = tl.minimum(first, tl.cdiv(groups, 4) - 1)
+            packed = tl.load(code_address + _at(tile, word, 4, groups, TAIL)[None, :], eviction_policy="evict_first")
+            scale = tl.load(scale_address + _at(tile, thread, 1, groups, TAIL)[None, :])
+            refined = packed
             if RESIDUAL_BITS > 0:
-                next_refined = tl.load(
-                    rest_address + _at(ahead, rest, WORDS, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
+                refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first")
+            if PDL:
+                wait_for_producer()
+            for tile in range(first, last):
+                tokens_tile = tl.load(x_address + tile * 128)
+                ahead = tile + 1
+                more = ahead < last
+                next_packed = tl.load(
+                    code_address + _at(ahead, word, 4, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
                 )
-            weight = decode_words(packed, refined, scale, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
-            # dims: b1, tile of 64 rows, warp, g, t, p1, i0, p0, h, i1 -> rows (tile, warp, b1, g), columns (p, h, i1, t, i0)
-            weight = weight.reshape(2, BLOCK_N // 64, 4, 8, 4, 2, 2, 2, 2, 2).trans(1, 2, 0, 3, 5, 7, 8, 9, 4, 6)
-            acc = tl.dot(weight.reshape(BLOCK_N, 128), tl.trans(tokens_tile), acc)
-            packed, scale, refined = next_packed, next_scale, next_refined
+                next_scale = tl.load(scale_address + _at(ahead, thread, 1, groups, TAIL)[None, :], mask=more)
+                next_refined = next_packed
+                if RESIDUAL_BITS > 0:
+                    next_refined = tl.load(
+                        rest_address + _at(ahead, rest, WORDS, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
+                    )
+                pairs = scale_pairs(scale.to(tl.int32), 0)
+                weight = _weight(packed, refined, pairs, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
+                acc = tl.dot(weight, tl.trans(tokens_tile), acc)
+                packed, scale, refined = next_packed, next_scale, next_refined
+        else:
+            # Many tokens: Triton's pipeline, everything through shared memory. It wants at least 4 bytes per thread: the four
+            # scales of a row and tile come as one word (so no TAIL).
+            scale_row = tl.minimum(half_row[:, None] + inner_row[None, :], rows - 1).to(tl.int64)
+            scale_address = scales.to(tl.pointer_type(tl.int32)) + scale_row * (scale_stride // 4)
+            if PDL:
+                wait_for_producer()
+            for tile in tl.range(first, last, num_stages=STAGES):
+                tokens_tile = tl.load(x_address + tile * 128)
+                packed = tl.load(code_address + _at(tile, word, 4, groups, False)[None, :], eviction_policy="evict_first")
+                scale = tl.load(scale_address + tile)
+                refined = packed
+                if RESIDUAL_BITS > 0:
+                    refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, False)[None, :], eviction_policy="evict_first")
+                scale = tl.broadcast_to(tl.expand_dims(scale, 2), (HALVES, 32, 4)).reshape(HALVES, 128)
+                pairs = scale_pairs(scale, (thread % 4)[None, :])
+                weight = _weight(packed, refined, pairs, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
+                acc = tl.dot(weight, tl.trans(tokens_tile), acc)
 
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()
-    live = (row < rows)[:, None] & (token < tokens)[None, :]
-    if REDUCE:
-        slot = tile_n * tl.num_programs(2) + tile_m
-        base = partial + slot.to(tl.int64) * splits * (BLOCK_N * BLOCK_M)
-        at = inner[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(base + split * (BLOCK_N * BLOCK_M) + at, acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + slot, 1, sem="acq_rel")
-        if arrived == splits - 1:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for i in range(splits):
-                acc += tl.load(base + i * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
-            _finish(acc, token_scale, exponents, bias, out, token, row, rows, live, HAS_BIAS)
-    else:
-        _finish(acc, token_scale, exponents, bias, out, token, row, rows, live, HAS_BIAS)
-
-
-@triton.jit
-def _finish(acc, token_scale, exponents, bias, out, token, row, rows, live, HAS_BIAS: tl.constexpr):
-    """Row exponents in two halves (2**127 * 2**7 is no float32), token scales, bias, one rounding."""
-    exponent = tl.load(exponents + row, mask=row < rows, other=0).to(tl.int32) + 7
-    low = exponent >> 1
-    scale = tl.load(token_scale + token, mask=tl.max(live.to(tl.int32), 0) > 0, other=0.0)
-    acc = acc * power_of_two(low)[:, None] * scale[None, :] * power_of_two(exponent - low)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    address = out + token.to(tl.int64)[None, :] * rows + row[:, None]
-    tl.store(address, acc.to(out.dtype.element_ty), mask=live)
+    slot = tile_n * tl.num_programs(2) + tile_m
+    reduce_and_finish(
+        acc, partial, counters, slot, split, splits, token_scale, exponents, bias, out, token, row, rows, tokens,
+        BLOCK_N, BLOCK_M, REDUCE, HAS_BIAS,
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""One matmul for the projections of a decoder block that share an input: q/k/v, gate/up.
+
+The model's own code stays as it is: it calls ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. After :func:`fuse_projections` the
+first of them to see ``x`` computes all three in one layer of concatenated rows, keeps the others' parts, and they hand
+them out when they are called with the same tensor. Rows of a quantized matrix are independent, so the concatenation
+is exact, costs no memory (members become views of the merged planes), and the rotation of ``x`` is done once.
+
+The results are those of the separate layers up to the order in which a GPU adds float32 products.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .linear import TurboQuantLinear
+from .planes import PLANES
+from .reference import PackedWeight
+from .rotation import is_autocast_enabled
+
+# Names of sibling modules that take the same input in the usual decoder blocks.
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+def fuse_projections(model: nn.Module, projections: Sequence[Sequence[str]] = PROJECTIONS) -> list[tuple[str, ...]]:
+    """Fuses every set of quantized sibling layers named in ``projections``, in place; returns their full names.
+
+    Layers of one set must agree in input size, settings and device and have no hooks (a hook would run at the wrong
+    time); sets that do not are left alone. State dicts, saving, ``.to`` and training of biases or adapters go on
+    working. Undo with :func:`unfuse_projections`.
+    """
+    fused = []
+    for prefix, parent in model.named_modules():
+        for names in projections:
+            members = [getattr(parent, name, None) for name in names]
+            if _agree(members):
+                _Group(members)  # type: ignore[arg-type]
+                fused.append(tuple(f"{prefix}.{name}" if prefix else name for name in names))
+    return fused
+
+
+def unfuse_projections(model: nn.Module) -> int:
+    """Makes fused layers separate again, each with memory of its own; returns how many there were."""
+    members = [module for module in model.modules() if isinstance(module, _Member)]
+    for member in members:
+        member.leave()
+    return len(members)
+
+
+def _agree(members: Sequence[object]) -> bool:
+    layers = [member for member in members if type(member) is TurboQuantLinear]
+    if len(layers) < len(members) or len(layers) < 2:
+        return False
+    kinds = {
+        (layer.in_features, *layer._settings.values(), layer.codes.device, layer.residual is None) for layer in layers
+    }
+    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    return len(kinds) == 1 and not layers[0].codes.is_meta and not hooked
+
+
+class _Group:
+    """Merged planes, and the parts of the last result that are still to be handed out."""
+
+    def __init__(self, members: list[TurboQuantLinear]) -> None:
+        self.members = members
+        self.merged: PackedWeight | None = None
+        self.bias: tuple[tuple[int, ...], Tensor | None] | None = None
+        self.input: Tensor | None = None
+        self.version = 0
+        self.parts: dict[int, Tensor] = {}
+        for index, member in enumerate(members):
+            member.__class__ = _Member
+            member.group, member.index = self, index  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        twin = object.__new__(_Group)
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__getstate__())
+        twin.members = copy.deepcopy(self.members, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the merged planes: copies of the members would not be views of them."""
+        return dict(self.__dict__, merged=None, bias=None, input=None, version=0, parts={})
+
+    def invalidate(self) -> None:
+        """The members' planes have moved: they are merged again when they are needed."""
+        self.__dict__.update(self.__getstate__())
+
+    def planes(self) -> PackedWeight:
+        if self.merged is None:
+            columns: list[Tensor | None] = []
+            for plane in PLANES:
+                parts = [getattr(member, plane) for member in self.members]
+                columns.append(None if parts[0] is None else torch.cat([part.detach() for part in parts]))
+            self.merged = PackedWeight(*columns)  # type: ignore[arg-type]
+            sizes = [member.out_features for member in self.members]
+            for plane, whole in self.merged._asdict().items():
+                if whole is not None:
+                    for member, rows in zip(self.members, whole.split(sizes), strict=True):
+                        getattr(member, plane).data = rows
+        return self.merged
+
+    def merged_bias(self) -> Tensor | None:
+        biases = [member.bias for member in self.members]
+        present = [bias for bias in biases if bias is not None]
+        if not present:
+            return None
+        trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in present)
+        if trained or torch.compiler.is_compiling():
+            return self._join(biases, present[0])
+        state = tuple(number for bias in present for number in (bias._version, bias.data_ptr()))
+        if self.bias is None or self.bias[0] != state:
+            self.bias = state, self._join(biases, present[0]).detach()
+        return self.bias[1]
+
+    def _join(self, biases: list[Any], like: Tensor) -> Tensor:
+        return torch.cat(
+            [like.new_zeros(m.out_features) if b is None else b for m, b in zip(self.members, biases, strict=True)]
+        )
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """The result of member ``index`` for ``x``."""
+        # Changed in place since: other values. Where no versions are counted (inference mode, compilation), nobody can tell.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        if self.input is not x or self.version != version or index not in self.parts:
+            first = self.members[0]
+            planes = self.planes()
+            out = ops.linear(
+                x, *planes, self.merged_bias(), first.in_features, first.bits, first.residual_bits, first.group_size, first.seed
+            )
+            self.input, self.version = x, version
+            self.parts = dict(enumerate(out.split([member.out_features for member in self.members], -1)))
+        part = self.parts.pop(index)
+        if not self.parts:
+            self.input = None
+        return part
+
+
+class _Member(TurboQuantLinear):
+    """A fused layer: the same parameters and state dict as before."""
+
+    group: _Group
+    index: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.check_input(input)
+        if is_autocast_enabled(input) and input.dtype != torch.float64:
+            return super().forward(input)  # the cast makes a new tensor each time: nothing to share
+        return self.group.take(self.index, input)
+
+    def leave(self) -> None:
+        for plane in PLANES:
+            parameter = getattr(self, plane)
+            if parameter is not None:
+                parameter.data = parameter.data.clone()
+        self.group.invalidate()
+        self.__class__ = TurboQuantLinear  # type: ignore[assignment]
+        del self.group, self.index
+
+    def base_only_(self) -> TurboQuantLinear:
+        """Drops the residual planes of all fused layers: they run together or not at all."""
+        for member in self.group.members:
+            TurboQuantLinear.base_only_(member)
+        self.group.invalidate()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TurboQuantLinear:
+        super()._apply(fn, recurse)
+        self.group.invalidate()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Copies of the planes: files cannot hold tensors that share memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for plane in PLANES:
+            if not keep_vars and destination.get(prefix + plane) is not None:
+                destination[prefix + plane] = destination[prefix + plane].clone()

@@ -1,0 +1,150 @@
+"""The fused matmul for few tokens: every warp works alone on its slice of the columns.
+
+Up to 8 tokens fill one tensor-core column block, so there is nothing to share between warps: a warp loads 16 rows x 128
+columns of codes and its activations straight into the registers of an ``mma.sync`` fragment, without shared memory and
+without a barrier. The ``WARPS`` warps of a program take every ``WARPS``-th tile of 128 columns (a batched dot product with one
+batch per warp) and are summed at the end.
+
+Loads must be far ahead of their use, and ptxas moves a load that only the next iteration needs down to the end of the
+loop. It does not move it into another basic block: hence the conditions around loads, one tile before its turn.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import decode_words, scale_pairs, tables
+from .reduction import reduce_and_finish
+from .rotate import launch_dependents, wait_for_producer
+
+MOST_TOKENS = 8
+
+
+@triton.jit
+def _fetch(
+    code_address, rest_address, scale_address, group, limit, step,
+    THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, WORDS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Codes, residual and scale bytes of the tile ``step`` turns ahead; zeros beyond ``limit`` groups."""
+    if TAIL:
+        code_group, rest_group, scale_group = group
+        ahead = limit - step * (THREADS // 8)
+        codes = tl.load(
+            code_address + step * (THREADS // 2), mask=(code_group < ahead)[None, :], other=0, eviction_policy="evict_first"
+        )
+        scale = tl.load(scale_address + step * (THREADS // 8), mask=(scale_group < ahead)[None, :], other=0)
+        rest = codes
+        if RESIDUAL_BITS > 0:
+            rest = tl.load(
+                rest_address + step * (THREADS // 8 * WORDS), mask=(rest_group < ahead)[None, :], other=0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+    else:
+        codes = tl.load(code_address + step * (THREADS // 2), eviction_policy="evict_first")
+        scale = tl.load(scale_address + step * (THREADS // 8))
+        rest = codes
+        if RESIDUAL_BITS > 0:
+            rest = tl.load(rest_address + step * (THREADS // 8 * WORDS), eviction_policy="evict_first")
+    return codes, rest, scale
+
+
+@triton.jit
+def _fetch_tokens(x_address, x_group, limit, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
+    if TAIL:
+        mask = (x_group < limit - step * (THREADS // 8))[None, :]
+        tokens = tl.load(x_address + step * (THREADS * 4), mask=mask, other=0.0)
+    else:
+        tokens = tl.load(x_address + step * (THREADS * 4))
+    return tokens
+
+
+@triton.jit
+def _multiply(
+    acc, fetched, tokens, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    codes, rest, scale = fetched
+    pairs = scale_pairs(scale.to(tl.int32), 0)
+    weight = decode_words(codes, rest, pairs, words, OCTETS, WARPS * 32, RESIDUAL_BITS, ASSEMBLY)
+    # dims: 16 rows, b1, warp, g, t, p1, i0, p0, h, i1 -> warp, rows (16 rows, b1, g), columns (p, h, t, i1, i0)
+    weight = weight.reshape(OCTETS // 2, 2, WARPS, 8, 4, 2, 2, 2, 2, 2).trans(2, 0, 1, 3, 5, 7, 8, 4, 9, 6)
+    # dims: p, warp, g, t, h, i1, i0 -> warp, columns, tokens
+    right = tokens.reshape(4, WARPS, 8, 4, 2, 2, 2).trans(1, 0, 4, 3, 5, 6, 2)
+    return tl.dot(weight.reshape(WARPS, OCTETS * 8, 128), right.reshape(WARPS, 128, 8), acc)
+
+
+@triton.jit(do_not_specialize=["tokens", "residual_stride", "scale_stride", "groups", "splits"])
+def slices_kernel(
+    x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
+    tokens, rows, groups, x_stride, code_stride, residual_stride, scale_stride, splits,
+    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (row tile, split). ``x`` float16 [tokens <= 8, x_stride] from ``rotate_scaled_kernel``, in the order
+    ``decode.slice_column``; ``out`` [tokens, rows]; the rest as in ``splitk.py``.
+
+    TAIL: the columns of a row are not a multiple of ``128 * WARPS * splits``. Strides of scales and residual are not
+    specialized: with unknown alignment a thread loads its own byte or ``WORDS`` words, as the decoder wants it.
+    """
+    THREADS: tl.constexpr = WARPS * 32
+    OCTETS: tl.constexpr = ROWS // 8
+    WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)  # of the residual, per thread
+    tile_n = tl.program_id(0)
+    split = tl.program_id(1)
+    turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
+    first = split * turns * WARPS  # tile of this program's first warp
+    limit = tl.minimum((first + turns * WARPS) * 4, groups)
+    words = tables(RESIDUAL_BITS)
+    # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
+    octet = tl.arange(0, OCTETS)[:, None] * 8 + tile_n * ROWS
+    word = tl.arange(0, THREADS * 4)
+    thread = tl.arange(0, THREADS)
+    rest = tl.arange(0, THREADS * WORDS)
+    code_row = tl.minimum(octet + ((word // 16) % 8)[None, :], rows - 1).to(tl.int64)
+    rest_row = tl.minimum(octet + ((rest // (4 * WORDS)) % 8)[None, :], rows - 1).to(tl.int64)
+    scale_row = tl.minimum(octet + ((thread // 4) % 8)[None, :], rows - 1).to(tl.int64)
+    code_group = (first + word // 128) * 4 + (word // 4) % 4
+    rest_group = (first + rest // (32 * WORDS)) * 4 + (rest // WORDS) % 4
+    scale_group = (first + thread // 32) * 4 + thread % 4
+    group = code_group, rest_group, scale_group
+    code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4) + (code_group * 4 + word % 4)[None, :]
+    rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // (4 * WORDS) * WORDS)
+    rest_address += (rest_group * WORDS + rest % WORDS)[None, :]
+    scale_address = scales + scale_row * scale_stride + scale_group[None, :]
+    # Activations: 4 loads of 8 halves by thread (g, t) of the warp; g is the token, absent ones repeat the last.
+    half = tl.arange(0, THREADS * 8)
+    x_group = (first + half // 256) * 4 + (half // 8) % 4
+    x_row = tl.minimum((half // 32) % 8, tokens - 1) * x_stride
+    x_column = (first + half // 256) * 128 + half % 32
+    x_address = x + (x_row + x_column)[None, :] + tl.arange(0, 4)[:, None] * 32
+
+    even = _fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+    odd = even
+    if turns > 1:
+        odd = _fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+    if PDL:  # weights are on their way while the rotation still runs
+        wait_for_producer()
+    values = _fetch_tokens(x_address, x_group, limit, 0, THREADS, TAIL)
+    acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
+    for turn in range(0, turns, 2):
+        acc = _multiply(acc, even, values, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
+        if turn + 1 < turns:
+            values = _fetch_tokens(x_address, x_group, limit, turn + 1, THREADS, TAIL)
+            if turn + 2 < turns:
+                even = _fetch(
+                    code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, RESIDUAL_BITS, WORDS, TAIL
+                )
+            acc = _multiply(acc, odd, values, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
+            if turn + 2 < turns:
+                values = _fetch_tokens(x_address, x_group, limit, turn + 2, THREADS, TAIL)
+            if turn + 3 < turns:
+                odd = _fetch(
+                    code_address, rest_address, scale_address, group, limit, turn + 3, THREADS, RESIDUAL_BITS, WORDS, TAIL
+                )
+    if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
+        launch_dependents()
+    reduce_and_finish(
+        tl.sum(acc, 0), partial, counters, tile_n, split, splits, token_scale, exponents, bias, out, tl.arange(0, 8),
+        tile_n * ROWS + tl.arange(0, ROWS), rows, tokens, ROWS, 8, REDUCE, HAS_BIAS,
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Searching the schedule of a shape on the GPU at hand. Nothing here runs unless asked for: the command ``tune``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference import PackedWeight
+from .linear import fused
+from .schedule import SLICE_ROWS, Schedule, Slices, SplitK, choose, gpu_name
+from .slices import MOST_TOKENS
+
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_TILES = {  # block_m -> (block_n, warps, stages)
+    16: ((64, 4, 1), (128, 8, 1)),
+    32: ((64, 4, 1), (128, 8, 1)),
+    64: ((64, 4, 3), (128, 8, 1), (128, 8, 3)),
+    128: ((64, 4, 2), (64, 4, 3)),
+}
+_COLD_BYTES = 160 << 20  # more than any L2 cache holds
+
+
+def random_planes(rows: int, columns: int, residual_bits: int, seed: int = 0) -> PackedWeight:
+    """A layer of random 4 + ``residual_bits`` bit codes on the current GPU; ``columns`` is a multiple of 32."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.randint(low, high, shape, device="cuda", dtype=dtype, generator=generator)
+
+    return PackedWeight(
+        codes=draw(0, 256, (rows, columns // 2)),
+        residual=draw(0, 256, (rows, columns * residual_bits // 8)) if residual_bits else None,
+        scales=draw(170, 240, (rows, columns // 32)),
+        exponents=draw(-22, -18, (rows,), torch.int8),
+    )
+
+
+def cold_copies(rows: int, columns: int, residual_bits: int) -> list[PackedWeight]:
+    """Layers enough that none is in the L2 cache when its turn comes."""
+    count = -(-_COLD_BYTES // (rows * columns * (4 + residual_bits) // 8))
+    return [random_planes(rows, columns, residual_bits, i) for i in range(max(3, min(24, count)))]
+
+
+def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+    """Median microseconds per call in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 2):
+        start, stop = torch.cuda.Event(True), torch.cuda.Event(True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def schedule_time(x: Tensor, planes: Sequence[PackedWeight], residual_bits: int, schedule: Schedule, repeats: int) -> float:
+    """Microseconds of one layer, rotation included."""
+    out = x.new_empty(x.shape[0], planes[0].codes.shape[0])
+    layout = (x.shape[1], 4, residual_bits, 128, 0)
+    return graph_time([lambda p=p: fused(x, p, None, out, *layout, schedule) for p in planes], repeats)  # type: ignore[misc]
+
+
+def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
+    """Every schedule worth timing: enough programs for an H100, not more than a few waves."""
+    tiles = -(-columns // 128)
+    out: list[Schedule] = []
+    if tokens <= MOST_TOKENS:
+        for warps in (2, 4, 8):
+            for split in _SPLITS:
+                total = -(-rows // SLICE_ROWS) * warps * split
+                if 1000 <= total <= 10_000 and warps * split <= tiles:
+                    out.append(Slices(warps, split))
+    largest = min(128, max(16, triton.next_power_of_2(tokens)))
+    for block_m in {largest, max(16, largest // 2)}:
+        for block_n, warps, stages in _TILES[block_m]:
+            for split in _SPLITS:
+                programs = -(-rows // block_n) * -(-tokens // block_m) * split
+                if programs >= 100 and programs * warps <= 132 * 56 and 2 * split <= tiles:
+                    out.append(SplitK(block_m, block_n, split, stages, warps))
+    return out
+
+
+def tune(
+    tokens: int, rows: int, columns: int, residual_bits: int, planes: Sequence[PackedWeight] | None = None
+) -> tuple[Schedule, float]:
+    """The fastest schedule and its microseconds: a quick round over all candidates, a careful one over the best three."""
+    planes = planes or cold_copies(rows, columns, residual_bits)
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    default = choose(gpu_name(x.device), tokens, rows, columns, residual_bits)
+    quick = []
+    for schedule in dict.fromkeys([default, *candidates(tokens, rows, columns)]):
+        try:
+            quick.append((schedule_time(x, planes, residual_bits, schedule, 3), schedule))
+        except triton.runtime.errors.OutOfResources:
+            continue  # a tile too large for this GPU's shared memory
+    quick.sort(key=lambda pair: pair[0])
+    careful = [(schedule_time(x, planes, residual_bits, schedule, 9), schedule) for _, schedule in quick[:3]]
+    microseconds, best = min(careful, key=lambda pair: pair[0])
+    return best, microseconds

@@ -1,0 +1,174 @@
+"""Fused projections: the same numbers, the same state dict, and the way back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from turboquant_weights import TurboQuantConfig, TurboQuantLinear, fuse_projections, quantize_model, unfuse_projections
+
+
+class Block(torch.nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(96, 64, bias=bias)
+        self.k_proj = torch.nn.Linear(96, 32, bias=False)
+        self.v_proj = torch.nn.Linear(96, 32, bias=bias)
+        self.gate_proj = torch.nn.Linear(96, 80, bias=False)
+        self.up_proj = torch.nn.Linear(96, 80, bias=False)
+
+    def forward(self, x):
+        attention = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        return torch.cat([attention, self.gate_proj(x) * self.up_proj(x)], -1)
+
+
+@pytest.fixture(params=[0, 2])
+def blocks(request):
+    torch.manual_seed(0)
+    separate = Block()
+    quantize_model(separate, TurboQuantConfig(bits=4, residual_bits=request.param))
+    fused = copy.deepcopy(separate)
+    assert fuse_projections(fused) == [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+    return separate, fused
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_same_numbers_and_one_matmul_per_group(blocks, monkeypatch):
+    from turboquant_weights import fusion
+
+    separate, fused = blocks
+    x = torch.randn(2, 3, 96)
+    with torch.no_grad():
+        close(fused(x), separate(x))
+        calls = []
+        linear = fusion.ops.linear
+        monkeypatch.setattr(fusion.ops, "linear", lambda *a: calls.append(a[1].shape) or linear(*a))
+        for _ in range(2):
+            close(fused(x), separate(x))
+    assert [shape[0] for shape in calls if shape[0] in (128, 160)] == [128, 160] * 2
+
+
+def test_members_share_the_merged_memory(blocks):
+    _, fused = blocks
+    fused(torch.randn(1, 96))
+    storages = {getattr(fused, name).codes.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}
+    assert len(storages) == 1
+
+
+def test_any_order_other_inputs_and_changed_inputs(blocks):
+    separate, fused = blocks
+    x, y = torch.randn(3, 96), torch.randn(3, 96)
+    with torch.no_grad():
+        close(fused.v_proj(x), separate.v_proj(x))
+        close(fused.q_proj(y), separate.q_proj(y))
+        close(fused.q_proj(x), separate.q_proj(x))
+        close(fused.q_proj(x), separate.q_proj(x))  # called twice
+        x.mul_(2)  # the kept parts are of the old values
+        close(fused.k_proj(x), separate.k_proj(x))
+    with torch.inference_mode():
+        z = torch.randn(3, 96)
+        close(fused(z), separate(z))
+
+
+def test_gradients(blocks):
+    separate, fused = blocks
+    grads = []
+    for block in (separate, fused):
+        x = torch.linspace(-1, 1, 96).repeat(2, 1).requires_grad_()
+        block.q_proj.bias.grad = None
+        block(x).square().sum().backward()
+        grads.append((x.grad, block.q_proj.bias.grad, block.v_proj.bias.grad))
+    for a, b in zip(*grads, strict=True):
+        close(a, b)
+
+
+def test_changed_bias_and_loaded_planes_are_seen(blocks):
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+    fused(x)
+    with torch.no_grad():
+        fused(x)
+        for block in blocks:
+            block.q_proj.bias.add_(1)
+        close(fused(x), separate(x))
+    torch.manual_seed(5)
+    other = Block()
+    quantize_model(other, TurboQuantConfig(bits=4, residual_bits=separate.q_proj.residual_bits))
+    fused.load_state_dict(other.state_dict())
+    close(fused(x), other(x))
+
+
+def test_state_dict_copy_pickle_dtype_and_back(blocks):
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+    fused(x)
+    state = fused.state_dict()
+    assert state.keys() == separate.state_dict().keys()
+    assert all(torch.equal(value, separate.state_dict()[name]) for name, value in state.items())
+    pointers = [value.untyped_storage().data_ptr() for name, value in state.items() if name.endswith("codes")]
+    assert len(set(pointers)) == len(pointers)  # files cannot hold shared memory
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        close(twin(x), separate(x))
+        assert twin.q_proj.group is not fused.q_proj.group
+        assert twin.q_proj.group.members[0] is twin.q_proj
+    fused.double()
+    close(fused(x.double()), copy.deepcopy(separate).double()(x.double()))
+    fused.float()
+    assert unfuse_projections(fused) == 5
+    assert type(fused.q_proj) is TurboQuantLinear
+    assert fused.q_proj.codes.untyped_storage().nbytes() == fused.q_proj.codes.nbytes
+    assert torch.equal(fused(x), separate(x))
+
+
+def test_base_only_drops_the_residual_of_the_group(blocks):
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+    fused(x)
+    fused.k_proj.base_only_()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(separate, name).base_only_()
+    close(fused.q_proj(x), separate.q_proj(x))
+    assert fused.v_proj.residual is None
+
+
+def test_layers_that_disagree_stay_apart():
+    block = Block()
+    quantize_model(block, TurboQuantConfig(), skip=["gate_proj"])
+    block.k_proj = TurboQuantLinear.from_linear(torch.nn.Linear(96, 32), TurboQuantConfig(seed=1))
+    assert fuse_projections(block) == []
+    hooked = Block()
+    quantize_model(hooked, TurboQuantConfig())
+    hooked.q_proj.register_forward_hook(lambda *_: None)
+    assert fuse_projections(hooked) == [("gate_proj", "up_proj")]
+    assert fuse_projections(hooked) == []  # already
+
+
+def test_compiles_without_graph_breaks(blocks):
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+    fused(x)
+    with torch.no_grad():
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)
+        for _ in range(2):
+            close(compiled(x), separate(x))
+        close(compiled(x + 1), separate(x + 1))
+
+
+def test_generation_of_a_transformers_model():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    quantize_model(model, TurboQuantConfig(bits=4, residual_bits=4))
+    prompt = torch.arange(8)[None]
+    logits = model(prompt).logits
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert len(fuse_projections(model)) == 4
+    close(model(prompt).logits, logits)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), tokens)
