@@ -107,9 +107,9 @@ def measure(rows: int, columns: int, tokens: tuple[int, ...], searching: bool, c
         try:
             layer = adapter([*dense, *dense])
             # Beyond 256 tokens these kernels take milliseconds.
+            layers = [layer(i) for i in range(2 * copies)]
             peers[name] = [
-                tune.graph_time([lambda i=i, x=x: layer(i)(x) for i in range(2 * copies)], 5) if len(x) <= 256 else None
-                for x in inputs
+                tune.graph_time([lambda f=f, x=x: f(x) for f in layers], 5) if len(x) <= 256 else None for x in inputs
             ]
         except Exception as error:  # whatever a foreign package raises: a line, and the others go on
             print(f"{name}: skipped for {rows} x {columns}: {error!r:.120}", flush=True)

@@ -5,6 +5,7 @@ On a GPU the kernels are compiled; elsewhere Triton's interpreter runs them, wit
 
 import functools
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,8 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from ptx_emulator import inline_asm_elementwise, run
 
-from turboquant_weights.kernels import decode
+from turboquant_weights.errors import ScheduleError
+from turboquant_weights.kernels import decode, schedule
 from turboquant_weights.kernels import linear as kernels
 from turboquant_weights.kernels.schedule import Slices, SplitK, choose
 
@@ -158,10 +160,10 @@ def test_assembly_results_share_no_register_with_operands():
     assert inspect.getsource(decode).count('"=r,') == 2  # _register and the scales, which write their result last
 
 
-def scheduled(schedule):
+def scheduled(chosen):
     def fused(x, packed, bias, k, **layout):
         out = torch.full((x.shape[0], packed.codes.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
-        kernels.fused(x, packed, bias, out, k, *layout.values(), schedule)
+        kernels.fused(x, packed, bias, out, k, *layout.values(), chosen)
         return out
 
     return fused
@@ -170,29 +172,29 @@ def scheduled(schedule):
 SPLITK_SCHEDULES = [(16, 64, 1, 1, 4), (16, 64, 4, 2, 4), (32, 64, 3, 1, 4), (64, 128, 2, 3, 8), (128, 64, 3, 3, 4)]
 
 
-@pytest.mark.parametrize("schedule", [SplitK(*entry) for entry in SPLITK_SCHEDULES])
+@pytest.mark.parametrize("chosen", [SplitK(*entry) for entry in SPLITK_SCHEDULES])
 @pytest.mark.parametrize("k", [512, 544])
-def test_every_schedule_gives_the_result(schedule, k):
-    check(*inputs(37, 130, k), 130, k, 4, 0, function=scheduled(schedule))
+def test_every_schedule_gives_the_result(chosen, k):
+    check(*inputs(37, 130, k), 130, k, 4, 0, function=scheduled(chosen))
 
 
 @needs_interpreter
 @pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
-@pytest.mark.parametrize("schedule", [SplitK(32, 64, 2, 3, 4), SplitK(16, 64, 1, 1, 4), Slices(2, 1), Slices(4, 3)])
-def test_every_schedule_on_the_assembly_path(schedule, bits, residual_bits, assembly_on_cpu):
-    tokens = 7 if isinstance(schedule, Slices) else 33
+@pytest.mark.parametrize("chosen", [SplitK(32, 64, 2, 3, 4), SplitK(16, 64, 1, 1, 4), Slices(2, 1), Slices(4, 3)])
+def test_every_schedule_on_the_assembly_path(chosen, bits, residual_bits, assembly_on_cpu):
+    tokens = 7 if isinstance(chosen, Slices) else 33
     for n, k in ((67, 1024), (33, 896), (40, 288)):  # whole turns, a missing turn, a missing part of a tile
-        check(*inputs(tokens, n, k), n, k, bits, residual_bits, function=scheduled(schedule))
+        check(*inputs(tokens, n, k), n, k, bits, residual_bits, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
-@pytest.mark.parametrize("schedule", [Slices(2, 1), Slices(4, 3), Slices(8, 2), Slices(1, 1)])
+@pytest.mark.parametrize("chosen", [Slices(2, 1), Slices(4, 3), Slices(8, 2), Slices(1, 1)])
 @pytest.mark.parametrize("m", [1, 2, 7, 8])
-def test_slices_on_a_gpu(m, schedule, bits, residual_bits):
+def test_slices_on_a_gpu(m, chosen, bits, residual_bits):
     for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32)):
-        check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(schedule))
+        check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(chosen))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -273,14 +275,54 @@ def test_heuristic_covers_everything():
     for tokens in (1, 8, 16, 17, 64, 65, 256):
         for rows in (1, 100, 4096, 152064):
             for columns in (32, 3584, 18944):
-                schedule = choose("none", tokens, rows, columns, 0)
+                chosen = choose("none", tokens, rows, columns, 0)
                 tiles = max(1, -(-columns // 128))
-                if isinstance(schedule, Slices):
+                if isinstance(chosen, Slices):
                     assert tokens <= 8
-                    assert 1 <= schedule.split * schedule.warps <= tiles
+                    assert 1 <= chosen.split * chosen.warps <= tiles
                 else:
-                    assert schedule.block_m >= min(tokens, 64)
-                    assert 1 <= schedule.split <= tiles
+                    assert chosen.block_m >= min(tokens, 64)
+                    assert 1 <= chosen.split <= tiles
+
+
+def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
+    path = tmp_path / "schedules.json"
+    entry = dict(gpu="some GPU", rows=4096, columns=4096, residual_bits=0, tokens=8, schedule=[2, 3])
+    path.write_text(json.dumps([entry]))
+    monkeypatch.setenv(schedule.ENVIRONMENT, str(path))
+    schedule._own_table.cache_clear()
+    choose.cache_clear()
+    assert choose("some GPU", 5, 4096, 4096, 0) == Slices(2, 3)
+    assert choose("some GPU", 9, 4096, 4096, 0) == choose("another", 9, 4096, 4096, 0)
+    for bad in ("{", "[1]", json.dumps([dict(entry, tokens=7)]), json.dumps([dict(entry, schedule=[1, 2, 3])])):
+        path.write_text(bad)
+        schedule._own_table.cache_clear()
+        choose.cache_clear()
+        with pytest.raises(ScheduleError, match="turboquant-weights tune"):
+            choose("some GPU", 5, 4096, 4096, 0)
+    monkeypatch.delenv(schedule.ENVIRONMENT)
+    schedule._own_table.cache_clear()
+    choose.cache_clear()
+
+
+def test_tuning_writes_what_choosing_reads(tmp_path, monkeypatch):
+    """The search itself without a GPU: times are made up."""
+    from turboquant_weights.kernels import tune
+
+    path = tmp_path / "schedules.json"
+    times = {Slices(4, 2): 1.0, SplitK(32, 64, 2, 1, 4): 2.0}
+    monkeypatch.setattr(tune, "schedule_time", lambda x, planes, residual, s, n: times.get(s, 9.0))
+    monkeypatch.setattr(tune, "cold_copies", lambda *_: [None])
+    monkeypatch.setattr(tune, "gpu_name", lambda device: "made up")
+    monkeypatch.setattr(tune.torch, "randn", lambda *shape, **_: torch.zeros(shape))
+    monkeypatch.setattr(tune.torch.cuda, "current_device", lambda: 0)
+    lines = list(tune.tune_file([(4096, 4096)], 0, [8, 32], path))
+    assert len(lines) == 2
+    list(tune.tune_file([(4096, 4096)], 0, [8], path))  # again: replaced, not repeated
+    assert len(json.loads(path.read_text())) == 2
+    assert schedule.read(path) == {"made up": {(4096, 4096, 0): {8: (4, 2), 32: (32, 64, 2, 1, 4)}}}
+    with pytest.raises(ScheduleError, match="residual bits"):
+        list(tune.tune_file([(4096, 4096)], 3, None, path))
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

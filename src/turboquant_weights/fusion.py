@@ -56,11 +56,14 @@ def _agree(members: Sequence[object]) -> bool:
     layers = [member for member in members if type(member) is TurboQuantLinear]
     if len(layers) < len(members) or len(layers) < 2:
         return False
-    kinds = {
-        (layer.in_features, *layer._settings.values(), layer.codes.device, layer.residual is None) for layer in layers
-    }
+    kinds = {(layer.in_features, *layer._settings.values(), layer.codes.device, layer.residual is None) for layer in layers}
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     return len(kinds) == 1 and not layers[0].codes.is_meta and not hooked
+
+
+def _version(tensor: Tensor) -> int:
+    """Goes up with every change in place; tensors of inference mode do not count them, and nobody can tell."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Group:
@@ -114,7 +117,7 @@ class _Group:
         trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in present)
         if trained or torch.compiler.is_compiling():
             return self._join(biases, present[0])
-        state = tuple(number for bias in present for number in (bias._version, bias.data_ptr()))
+        state = tuple(number for bias in present for number in (_version(bias), bias.data_ptr()))
         if self.bias is None or self.bias[0] != state:
             self.bias = state, self._join(biases, present[0]).detach()
         return self.bias[1]
@@ -126,13 +129,19 @@ class _Group:
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """The result of member ``index`` for ``x``."""
-        # Changed in place since: other values. Where no versions are counted (inference mode, compilation), nobody can tell.
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        version = 0 if torch.compiler.is_compiling() else _version(x)
         if self.input is not x or self.version != version or index not in self.parts:
             first = self.members[0]
             planes = self.planes()
             out = ops.linear(
-                x, *planes, self.merged_bias(), first.in_features, first.bits, first.residual_bits, first.group_size, first.seed
+                x,
+                *planes,
+                self.merged_bias(),
+                first.in_features,
+                first.bits,
+                first.residual_bits,
+                first.group_size,
+                first.seed,
             )
             self.input, self.version = x, version
             self.parts = dict(enumerate(out.split([member.out_features for member in self.members], -1)))

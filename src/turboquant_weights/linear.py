@@ -99,13 +99,14 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
         self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
+        parameters = self._parameters  # not attributes: nn.Module needs half a microsecond to find one
         return ops.linear(
             input,
-            self.codes,
-            self.residual,
-            self.scales,
-            self.exponents,
-            self.bias,
+            parameters["codes"],  # type: ignore[arg-type]
+            parameters["residual"],
+            parameters["scales"],  # type: ignore[arg-type]
+            parameters["exponents"],  # type: ignore[arg-type]
+            self.bias,  # may be parametrized
             self.in_features,
             self.bits,
             self.residual_bits,

@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import reference
 from .cpu import linear as cpu
 from .cpu.library import chosen
+from .errors import ScheduleError
 from .reference import PackedWeight
 
 _LIBRARY = torch.library.Library("turboquant_weights", "DEF")
@@ -139,6 +141,15 @@ def _gradient_kernels() -> Callable[..., Tensor]:
     from .kernels.linear import linear_input_gradient
 
     return _gradient_on_planes(linear_input_gradient)
+
+
+def tune_schedules(shapes: list[tuple[int, int]], residual_bits: int, tokens: list[int] | None, path: Path) -> Iterator[str]:
+    """Searches kernel schedules on the current GPU, adds them to the file and reports each in a line."""
+    if not torch.cuda.is_available() or not _has_triton():
+        raise ScheduleError("tuning needs a GPU that this PyTorch can use, and Triton 3.6 or newer")
+    from .kernels.tune import tune_file
+
+    yield from tune_file(shapes, residual_bits, tokens, path)
 
 
 def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:

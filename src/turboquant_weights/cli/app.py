@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__, evaluation, quantize_model, save
+from .. import __version__, evaluation, ops, quantize_model, save
 from .. import checkpoint as checkpoints
 from ..config import MAX_SEED, TurboQuantConfig
 from ..errors import ConfigError
@@ -213,6 +213,27 @@ def _name_and_bits(text: str) -> tuple[str, tuple[int, int]]:
     if found is None:
         raise ConfigError(f"--layer-bits is {text!r}: PATTERN=BITS is needed, e.g. '*.down_proj=4+2'")
     return found[1], (int(found[2]), int(found[3] or 0))
+
+
+@app.command(epilog="Example: turboquant-weights tune 37888x3584 4608x3584 --residual-bits 4 --out schedules.json")
+def tune(
+    shapes: Annotated[list[str], typer.Argument(help="OUTxIN of the layers, e.g. 18944x3584.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="JSON file to write; what it holds already is kept.")] = Path("schedules.json"),
+    residual_bits: Annotated[int, typer.Option(help="0, 1, 2 or 4 beside 4 base bits.")] = 0,
+    tokens: Annotated[list[int] | None, typer.Option(help="Of 1, 8, 16, 32, 64, 128, 256. [default: all]")] = None,
+) -> None:
+    """Search the fastest kernel schedules for layers of these SHAPES on this GPU.
+
+    Set the environment variable TURBOQUANT_WEIGHTS_SCHEDULES to the file to use them. Takes minutes per shape.
+    """
+    sizes = []
+    for shape in shapes:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+        if match is None or int(match[2]) % 128:
+            raise ConfigError(f"{shape}: a shape is OUTxIN, e.g. 18944x3584, and IN a multiple of 128")
+        sizes.append((int(match[1]), int(match[2])))
+    for line in ops.tune_schedules(sizes, residual_bits, tokens, out):
+        print(line)
 
 
 def _read_text(path: Path) -> str:

@@ -189,7 +189,7 @@ def scale_pairs(scale, pick):
 
 @triton.jit
 def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
-    """int32 [ROWS, THREADS * RESIDUAL_BITS] -> 4 bits per column, int32 [ROWS, THREADS * 4]; without a residual, as it is."""
+    """int32 [ROWS, THREADS * RESIDUAL_BITS] -> 4 bits per column, int32 [ROWS, THREADS * 4]; as it is without a residual."""
     if RESIDUAL_BITS == 2:
         w0, w1 = tl.inline_asm_elementwise(_WIDEN_2, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
         words = tl.join(w0, w1).reshape(ROWS, THREADS * 4)

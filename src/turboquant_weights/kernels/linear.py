@@ -96,9 +96,9 @@ class _Plan(NamedTuple):
     """Everything about the two launches of :func:`fused` that does not depend on addresses."""
 
     sizes: tuple[int, int, int, int]  # bytes: offsets of token scales, counters, partial sums; total
-    sign: Tensor
-    matrix: Tensor
+    constants: tuple[Tensor, Tensor]  # signs, Hadamard tile
     levels: tuple[Tensor, ...]
+    addresses: tuple[tuple[int, int], tuple[int, ...]]  # of constants and levels
     rotate_grid: tuple[int, int, int]
     rotate_tail: tuple[Any, ...]
     matmul: Any
@@ -140,7 +140,8 @@ def _plan(
         row_tiles, token_tiles, rows_per_tile, tokens_per_tile = -(-rows // SLICE_ROWS), 1, SLICE_ROWS, MOST_TOKENS
         grid = (row_tiles, split, 1)
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
-        matmul, order, levels = slices_kernel, SLICES, ()
+        matmul, order = slices_kernel, SLICES
+        levels: tuple[Tensor, ...] = ()
         arguments: tuple[Any, ...] = (
             *(*sizes, split, residual_bits, decoder, bias_dtype is not None, tail),
             *(SLICE_ROWS, schedule.warps, split > 1, pdl),
@@ -155,6 +156,7 @@ def _plan(
             *(*sizes, split, bits, residual_bits, decoder, bias_dtype is not None, tail),
             *(tokens_per_tile, rows_per_tile, split > 1, 1 if tail else schedule.stages, pdl),
         )
+    constants = tile_signs(seed, tiles, device, dtype), tile_matrix(block, order, device, dtype)
     slots = row_tiles * token_tiles if split > 1 else 0
     offsets = [0]
     for size in (2 * tokens * tiles * TILE, 4 * tokens, 4 * slots):
@@ -163,9 +165,9 @@ def _plan(
     chunk = min(_LARGEST_CHUNK, max(1024, triton.next_power_of_2(in_features)))
     return _Plan(
         sizes=(offsets[1], offsets[2], offsets[3], total),
-        sign=tile_signs(seed, tiles, device, dtype),
-        matrix=tile_matrix(block, order, device, dtype),
+        constants=constants,
         levels=levels,
+        addresses=((constants[0].data_ptr(), constants[1].data_ptr()), tuple(t.data_ptr() for t in levels)),
         rotate_grid=(tokens, -(-tiles // _ROTATE_TILES), 1),
         # In the order of the kernels' parameters, constexprs included.
         rotate_tail=(tokens, slots, in_features, tiles, block**-0.5, _ROTATE_TILES, chunk, pdl),
@@ -212,13 +214,14 @@ def fused(
         base = workspace.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         rotate, matmul = plan.compiled
+        constants, levels = plan.addresses  # an integer costs the launcher less than a tensor
         _relaunch(
-            rotate, plan.rotate_grid, stream, at_x, stride, plan.sign, plan.matrix, base, base + scale_at, base + counters_at,
+            rotate, plan.rotate_grid, stream, at_x, stride, *constants, base, base + scale_at, base + counters_at,
             *plan.rotate_tail,
         )  # fmt: skip
         _relaunch(
             matmul, plan.grid, stream, base, base + scale_at, at_codes, at_residual or at_codes, at_scales, at_exponents,
-            at_bias or at_exponents, *plan.levels, at_out, base + partial_at, base + counters_at, *plan.tail,
+            at_bias or at_exponents, *levels, at_out, base + partial_at, base + counters_at, *plan.tail,
         )  # fmt: skip
         return
     rotated = workspace[:scale_at].view(torch.float16)
@@ -227,7 +230,7 @@ def fused(
     partial = workspace[partial_at:].view(torch.float32)
     options = {"launch_pdl": True} if plan.pdl else {}
     rotate = rotate_scaled_kernel[plan.rotate_grid](
-        x, stride, plan.sign, plan.matrix, rotated, token_scale, counters, *plan.rotate_tail,
+        x, stride, *plan.constants, rotated, token_scale, counters, *plan.rotate_tail,
         num_warps=8, **options,
     )  # fmt: skip
     matmul = plan.matmul[plan.grid](
@@ -277,7 +280,8 @@ def _rotate(x: Tensor, columns: int, out_columns: int, block: int, seed: int, in
     out = torch.empty((tokens, out_columns), dtype=x.dtype, device=x.device)
     rotate_kernel[(min(_ROTATE_PROGRAMS, -(-tokens * tiles // 64)),)](
         x, x.stride(0), tile_signs(seed, tiles, x.device, x.dtype), tile_matrix(block, NATURAL, x.device, x.dtype),
-        out, out_columns, tokens * tiles, x.shape[1], tiles, out_columns, block**-0.5, TILES=64, INVERSE=inverse, num_warps=4,
+        out, out_columns, tokens * tiles, x.shape[1], tiles, out_columns, block**-0.5,
+        TILES=64, INVERSE=inverse, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -27,8 +27,8 @@ def reduce_and_finish(
     acc, partial, counters, slot, split, splits, token_scale, exponents, bias, out, token, row, rows, tokens,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, REDUCE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` is share ``split`` of tile ``slot``. The program that arrives last adds all shares by index, so the result does
-    not depend on timing. ``counters`` start at zero; ``partial`` is float32 [slots, splits, ROWS, TOKENS]."""
+    """``acc`` is share ``split`` of tile ``slot``. The program that arrives last adds all shares by index, so the result
+    does not depend on timing. ``counters`` start at zero; ``partial`` is float32 [slots, splits, ROWS, TOKENS]."""
     if REDUCE:
         base = partial + slot.to(tl.int64) * splits * (ROWS * TOKENS)
         at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]

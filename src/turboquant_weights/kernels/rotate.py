@@ -10,6 +10,7 @@ nothing can exceed 2**14.5, so half precision holds bfloat16's range with three 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -19,10 +20,9 @@ from torch import Tensor
 from ..rotation import hadamard, signs
 from .decode import TILE, physical_column, power_of_two, slice_column
 
-
 # Orders of the columns within a tile of 128: as stored, and as the two matmuls want them.
 NATURAL, SPLITK, SLICES = range(3)
-_COLUMN = {NATURAL: int, SPLITK: physical_column, SLICES: slice_column}
+_COLUMN: dict[int, Callable[[int], int]] = {NATURAL: int, SPLITK: physical_column, SLICES: slice_column}
 
 
 @functools.lru_cache(maxsize=32)

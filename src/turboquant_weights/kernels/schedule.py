@@ -1,4 +1,5 @@
-"""Which kernel and tile sizes a shape gets: a table measured per GPU, a heuristic for the rest. Nothing is timed at run time.
+"""Which kernel and tile sizes a shape gets: a table measured per GPU, a heuristic for the rest. Nothing is timed at run
+time.
 
 ``turboquant-weights tune`` measures shapes on the GPU at hand and writes a JSON file; the environment variable
 ``TURBOQUANT_WEIGHTS_SCHEDULES`` names such a file, whose entries come before the table's.
@@ -39,19 +40,21 @@ class SplitK(NamedTuple):
 Schedule = Slices | SplitK
 
 SLICE_ROWS = 16
-# Warps of `slices.py` that an H100 wants, at least and at most; programs of `splitk.py` that it wants, by block_m.
+# Warps of `slices.py` that an H100 wants, at least and at most, and the activations beyond which it is no use; programs of
+# `splitk.py` that it wants, by block_m.
 _SLICE_WARPS = (1700, 4800)
+_SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
 _LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Token counts at which the table has entries; a batch takes the next larger one.
-_TOKENS = (1, 8, 16, 32, 64, 128, 256)
+TOKENS = (1, 8, 16, 32, 64, 128, 256)
 # GPU -> (rows, columns, residual bits) -> tokens -> Slices or SplitK.
 _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
     "NVIDIA H100 80GB HBM3": {
         (4096, 4096, 0): {
             1: (8, 1),
-            8: (8, 1),
+            8: (16, 64, 8, 1, 4),
             16: (16, 128, 8, 1, 8),
             32: (32, 128, 8, 1, 8),
             64: (64, 64, 6, 3, 4),
@@ -86,6 +89,8 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 64, 1, 2, 4),
         },
         (3584, 18944, 0): {
+            1: (16, 64, 12, 1, 4),
+            8: (16, 64, 12, 1, 4),
             16: (16, 64, 12, 1, 4),
             32: (32, 64, 12, 1, 4),
             64: (64, 128, 8, 1, 8),
@@ -93,6 +98,8 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 64, 2, 3, 4),
         },
         (3584, 18944, 4): {
+            1: (8, 1),
+            8: (4, 4),
             16: (16, 64, 16, 1, 4),
             32: (32, 64, 16, 1, 4),
             64: (64, 64, 6, 3, 4),
@@ -113,18 +120,19 @@ def gpu_name(device: torch.device) -> str:
 
 
 def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]]:
-    """A file of ``tune``: a list of objects with ``gpu``, ``rows``, ``columns``, ``residual_bits``, ``tokens``, ``schedule``."""
+    """A file of ``tune``: a list of objects with the keys gpu, rows, columns, residual_bits, tokens and schedule."""
     table: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8")):
             shape = (int(entry["rows"]), int(entry["columns"]), int(entry["residual_bits"]))
             schedule = tuple(int(value) for value in entry["schedule"])
-            if int(entry["tokens"]) not in _TOKENS or len(schedule) not in (2, 5) or min(schedule) < 1:
-                raise ValueError(f"{entry}: tokens must be one of {_TOKENS}, a schedule 2 or 5 positive integers")
+            if int(entry["tokens"]) not in TOKENS or len(schedule) not in (2, 5) or min(schedule) < 1:
+                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 2 or 5 positive integers")
             table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
-            f"{path} ({ENVIRONMENT}) is no file of schedules: {error!r}. Write it with `turboquant-weights tune`, or unset the variable"
+            f"{path} ({ENVIRONMENT}) is no file of schedules: {error!r}. Write it with `turboquant-weights tune`, "
+            "or unset the variable"
         ) from error
     return table
 
@@ -146,12 +154,13 @@ def crossover(bits: int, residual_bits: int, columns: int) -> int:
 def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | None) -> Schedule:
     """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder."""
     if residual_bits is not None:
-        shape, at = (rows, columns, residual_bits), next(t for t in _TOKENS if t >= tokens)
+        shape, at = (rows, columns, residual_bits), next(t for t in TOKENS if t >= tokens)
         for table in (_own_table(), _TABLE):
             entry = table.get(gpu, {}).get(shape, {}).get(at)
             if entry is not None:
                 return Slices(*entry) if len(entry) == 2 else SplitK(*entry)
-        if tokens <= MOST_TOKENS:
+        # Every 16 rows read all activations: without a residual to hide it, only from L1.
+        if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
             return _slices(rows, columns)
     return _splitk(tokens, rows, columns)
 

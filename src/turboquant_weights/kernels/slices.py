@@ -2,8 +2,8 @@
 
 Up to 8 tokens fill one tensor-core column block, so there is nothing to share between warps: a warp loads 16 rows x 128
 columns of codes and its activations straight into the registers of an ``mma.sync`` fragment, without shared memory and
-without a barrier. The ``WARPS`` warps of a program take every ``WARPS``-th tile of 128 columns (a batched dot product with one
-batch per warp) and are summed at the end.
+without a barrier. The ``WARPS`` warps of a program take every ``WARPS``-th tile of 128 columns (a batched dot product with
+one batch per warp) and are summed at the end.
 
 Loads must be far ahead of their use, and ptxas moves a load that only the next iteration needs down to the end of the
 loop. It does not move it into another basic block: hence the conditions around loads, one tile before its turn.

@@ -44,9 +44,9 @@ def splitk_kernel(
 ):  # fmt: skip
     """``x`` float16 [tokens, x_stride] from ``rotate_scaled_kernel``; planes as on disk; ``out`` [tokens, rows].
 
-    ``groups`` is the number of scales per row; TAIL says that it is not a multiple of 4. STAGES > 1 is the depth of a pipeline
-    through shared memory. ``partial`` float32 [row tiles, token tiles, splits, BLOCK_N, BLOCK_M] and zeroed ``counters`` int32
-    [row tiles, token tiles] serve REDUCE (splits > 1).
+    ``groups`` is the number of scales per row; TAIL says that it is not a multiple of 4. STAGES > 1 is the depth of a
+    pipeline through shared memory. ``partial`` float32 [row tiles, token tiles, splits, BLOCK_N, BLOCK_M] and zeroed
+    ``counters`` int32 [row tiles, token tiles] serve REDUCE (splits > 1).
     """
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
@@ -101,7 +101,9 @@ def splitk_kernel(
             scale = tl.load(scale_address + _at(tile, thread, 1, groups, TAIL)[None, :])
             refined = packed
             if RESIDUAL_BITS > 0:
-                refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first")
+                refined = tl.load(
+                    rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first"
+                )
             if PDL:
                 wait_for_producer()
             for tile in range(first, last):
@@ -115,15 +117,17 @@ def splitk_kernel(
                 next_refined = next_packed
                 if RESIDUAL_BITS > 0:
                     next_refined = tl.load(
-                        rest_address + _at(ahead, rest, WORDS, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
+                        rest_address + _at(ahead, rest, WORDS, groups, TAIL)[None, :],
+                        mask=more,
+                        eviction_policy="evict_first",
                     )
                 pairs = scale_pairs(scale.to(tl.int32), 0)
                 weight = _weight(packed, refined, pairs, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
                 acc = tl.dot(weight, tl.trans(tokens_tile), acc)
                 packed, scale, refined = next_packed, next_scale, next_refined
         else:
-            # Many tokens: Triton's pipeline, everything through shared memory. It wants at least 4 bytes per thread: the four
-            # scales of a row and tile come as one word (so no TAIL).
+            # Many tokens: Triton's pipeline, everything through shared memory. It wants at least 4 bytes per thread: the
+            # four scales of a row and tile come as one word (so no TAIL).
             scale_row = tl.minimum(half_row[:, None] + inner_row[None, :], rows - 1).to(tl.int64)
             scale_address = scales.to(tl.pointer_type(tl.int32)) + scale_row * (scale_stride // 4)
             if PDL:
@@ -134,7 +138,9 @@ def splitk_kernel(
                 scale = tl.load(scale_address + tile)
                 refined = packed
                 if RESIDUAL_BITS > 0:
-                    refined = tl.load(rest_address + _at(tile, rest, WORDS, groups, False)[None, :], eviction_policy="evict_first")
+                    refined = tl.load(
+                        rest_address + _at(tile, rest, WORDS, groups, False)[None, :], eviction_policy="evict_first"
+                    )
                 scale = tl.broadcast_to(tl.expand_dims(scale, 2), (HALVES, 32, 4)).reshape(HALVES, 128)
                 pairs = scale_pairs(scale, (thread % 4)[None, :])
                 weight = _weight(packed, refined, pairs, words, HALVES, RESIDUAL_BITS, ASSEMBLY)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
+from ..errors import ScheduleError
 from ..reference import PackedWeight
+from .decode import FAST
 from .linear import fused
-from .schedule import SLICE_ROWS, Schedule, Slices, SplitK, choose, gpu_name
+from .schedule import SLICE_ROWS, TOKENS, Schedule, Slices, SplitK, choose, gpu_name, read
 from .slices import MOST_TOKENS
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -111,3 +115,29 @@ def tune(
     careful = [(schedule_time(x, planes, residual_bits, schedule, 9), schedule) for _, schedule in quick[:3]]
     microseconds, best = min(careful, key=lambda pair: pair[0])
     return best, microseconds
+
+
+def tune_file(
+    shapes: Sequence[tuple[int, int]], residual_bits: int, tokens: Sequence[int] | None, path: Path
+) -> Iterator[str]:
+    """Adds the best schedules of ``shapes`` (rows, columns) to the JSON file ``path``; yields a line for each."""
+    unknown = set(tokens or ()) - set(TOKENS)
+    if (4, residual_bits) not in FAST or unknown:
+        raise ScheduleError(
+            f"residual bits {residual_bits}, tokens {sorted(unknown)}: tuning knows residual bits "
+            f"{', '.join(str(r) for _, r in FAST)} and tokens {', '.join(map(str, TOKENS))}"
+        )
+    entries = []
+    if path.exists():
+        read(path)  # raises unless it is a file of schedules
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    gpu = gpu_name(torch.device("cuda", torch.cuda.current_device()))
+    for rows, columns in shapes:
+        planes = cold_copies(rows, columns, residual_bits)
+        for count in tokens or TOKENS:
+            best, microseconds = tune(count, rows, columns, residual_bits, planes)
+            key = dict(gpu=gpu, rows=rows, columns=columns, residual_bits=residual_bits, tokens=count)
+            entries = [entry for entry in entries if any(entry[name] != value for name, value in key.items())]
+            entries.append(dict(key, schedule=list(best)))
+            path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")
+            yield f"{rows} x {columns}, {count} tokens: {microseconds:.1f} us with {best}"
