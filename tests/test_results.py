@@ -27,5 +27,5 @@ def test_quantization_speed():
 def test_kernel_speed():
     lines = (ROOT / "benchmarks/results/linear-h100.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ")]
-    assert len(rows) == 7
+    assert len(rows) == 13
     check(rows)

@@ -172,14 +172,14 @@ class _Member(TurboQuantLinear):
         self.__class__ = TurboQuantLinear  # type: ignore[assignment]
         del self.group, self.index
 
-    def base_only_(self) -> TurboQuantLinear:
+    def base_only_(self) -> _Member:
         """Drops the residual planes of all fused layers: they run together or not at all."""
         for member in self.group.members:
             TurboQuantLinear.base_only_(member)
         self.group.invalidate()
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TurboQuantLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Member:
         super()._apply(fn, recurse)
         self.group.invalidate()
         return self
