@@ -180,3 +180,24 @@ def test_generation_of_a_transformers_model():
     assert len(fuse_projections(model)) == 4
     close(model(prompt).logits, logits)
     assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), tokens)
+
+
+def test_saving_a_fused_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tiny_model import write
+
+    from turboquant_weights import load, save
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(write(tmp_path / "dense"), dtype=torch.float32)
+    quantize_model(model, TurboQuantConfig(bits=4, residual_bits=2))
+    separate = copy.deepcopy(model)
+    fuse_projections(model)
+    prompt = torch.arange(5)[None]
+    model(prompt)  # merges
+    for name, each in (("fused", model), ("separate", separate)):
+        save(each, tmp_path / name)
+    assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (
+        tmp_path / "separate" / "model.safetensors"
+    ).read_bytes()
+    again = load(tmp_path / "fused", dtype=torch.float32)
+    assert torch.equal(again(prompt).logits, separate(prompt).logits)
