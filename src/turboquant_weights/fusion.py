@@ -56,7 +56,7 @@ def _agree(members: Sequence[object]) -> bool:
     layers = [member for member in members if type(member) is TurboQuantLinear]
     if len(layers) < len(members) or len(layers) < 2:
         return False
-    kinds = {(layer.in_features, *layer._settings.values(), layer.codes.device, layer.residual is None) for layer in layers}
+    kinds = {(layer.in_features, *layer.settings.values(), layer.codes.device, layer.residual is None) for layer in layers}
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     return len(kinds) == 1 and not layers[0].codes.is_meta and not hooked
 
