@@ -219,6 +219,18 @@ def test_wrong_usage_is_exit_code_2(cli, arguments):
     assert "Error" in err
 
 
+def test_tune_refuses_shapes_and_machines_it_cannot_tune(cli, tmp_path, monkeypatch):
+    out = tmp_path / "schedules.json"
+    code, _, error = cli("tune", "100x100", "--out", out)
+    assert code == 1
+    assert "multiple of 128" in error
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, error = cli("tune", "256x256", "--out", out)
+    assert code == 1
+    assert "needs a GPU" in error
+    assert not out.exists()
+
+
 def test_version_and_help(cli):
     assert cli("--version") == (0, f"turboquant-weights {tq.__version__}\n", "")
     code, out, _ = cli("--help")
