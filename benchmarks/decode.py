@@ -12,6 +12,7 @@ import argparse
 import datetime
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -161,7 +162,7 @@ def main() -> None:
         triton=triton.__version__,
         transformers=transformers.__version__,
         date=datetime.date.today().isoformat(),
-        command=" ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        command=shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
         rows=[],
     )
     for shape in arguments.shapes:
