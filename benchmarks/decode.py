@@ -12,7 +12,6 @@ import argparse
 import datetime
 import gc
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -162,7 +161,7 @@ def main() -> None:
         triton=triton.__version__,
         transformers=transformers.__version__,
         date=datetime.date.today().isoformat(),
-        command=shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        command=" ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
         rows=[],
     )
     for shape in arguments.shapes:

@@ -14,7 +14,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -206,7 +205,7 @@ def main() -> None:
         torch=torch.__version__,
         triton=triton.__version__,
         date=datetime.date.today().isoformat(),
-        command=shlex.join(["python", "benchmarks/linear.py", *sys.argv[1:]]),
+        command=" ".join(["python", "benchmarks/linear.py", *sys.argv[1:]]),
         tokens=arguments.tokens,
         copy_GBps=round(copy_bandwidth()),
         host_us=host_times(),

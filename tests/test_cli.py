@@ -219,18 +219,6 @@ def test_wrong_usage_is_exit_code_2(cli, arguments):
     assert "Error" in err
 
 
-def test_tune_refuses_shapes_and_machines_it_cannot_tune(cli, tmp_path, monkeypatch):
-    out = tmp_path / "schedules.json"
-    code, _, error = cli("tune", "100x100", "--out", out)
-    assert code == 1
-    assert "multiple of 128" in error
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    code, _, error = cli("tune", "256x256", "--out", out)
-    assert code == 1
-    assert "needs a GPU" in error
-    assert not out.exists()
-
-
 def test_version_and_help(cli):
     assert cli("--version") == (0, f"turboquant-weights {tq.__version__}\n", "")
     code, out, _ = cli("--help")
@@ -300,3 +288,53 @@ def test_overwrite_replaces_a_checkpoint(cli, dense, checkpoint, tmp_path):
     assert code == 0, err
     assert tq.load(out).config.quantization_config.bits == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_plan_shows_budgets_without_changing_anything(cli, dense, tmp_path):
+    before = snapshot(dense)
+    code, out, err = cli("plan", dense, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["measured_on"] == "random tokens"
+    ratios = [allocation["ratio"] for allocation in plan["allocations"]]
+    assert ratios == sorted(ratios)
+    expected = [allocation["expected_kl"] for allocation in plan["allocations"]]
+    assert expected == sorted(expected)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    plot = tmp_path / "plan.svg"
+    code, out, err = cli(
+        "plan", dense, "--calibration-text", text, "--target-bits", 6, "--layers", "--plot", plot, "--skip", "*.up_proj"
+    )
+    assert code == 0, err
+    assert "For calibrated rounding" in out
+    assert "model.layers.1.mlp.down_proj" in out
+    assert "up_proj" not in out
+    assert plot.read_text().count("<svg") == 1
+    assert snapshot(dense) == before
+    assert cli("plan", dense, "--layers")[::2] == (
+        1,
+        "turboquant-weights: error: --layers needs a budget: add --target-ratio, --target-bits or --max-kl\n",
+    )
+    code, _, err = cli("plan", dense, "--target-ratio", 99)
+    assert code == 1
+    assert "is possible" in err
+
+
+def test_quantize_calibrated_to_a_budget(cli, dense, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Nothing is so painful to the human mind as a great and sudden change. " * 60)
+    arguments = ("--calibration-text", text, "--samples", 4, "--sample-length", 64, "--resume", tmp_path / "resume")
+    code, out, err = cli("quantize", dense, tmp_path / "out", *arguments, "--target-ratio", 2.5, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["ratio"] >= 2.5
+    assert report["expected_kl"] > 0
+    assert report["config"]["embeddings"].keys() == {"model.embed_tokens"}
+    assert not (tmp_path / "resume").exists(), "the finished blocks are of no more use"
+    code, out, _ = cli("inspect", tmp_path / "out", "--json")
+    assert code == 0
+    assert len({layer["label"] for layer in json.loads(out)["layers"]}) > 1
+    assert cli("quantize", dense, tmp_path / "other", "--resume", tmp_path / "resume")[0] == 1
+    assert cli("quantize", dense, tmp_path / "other", "--target-ratio", 3, "--max-kl", 1)[0] == 1
+    assert not (tmp_path / "other").exists()

@@ -25,6 +25,8 @@ LEVELS = [
     {"stream"},
     {"calibration", "sensitivity", "allocation"},
     {"model", "fusion"},
+    {"budget", "resume"},
+    {"quantize"},
     {"header"},
     {"checkpoint"},
     {"evaluation"},
@@ -100,6 +102,8 @@ assert not torch.cuda.is_initialized()
 
 def test_public_names():
     assert sorted(turboquant_weights.__all__) == [
+        "BitPlan",
+        "Calibration",
         "ConfigError",
         "FormatError",
         "LayerReport",
@@ -112,6 +116,7 @@ def test_public_names():
         "TurboQuantLinear",
         "fuse_projections",
         "load",
+        "plan_bits",
         "quantize_model",
         "save",
         "unfuse_projections",

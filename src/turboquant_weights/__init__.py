@@ -3,15 +3,20 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from .budget import BitPlan, plan_bits
+from .calibration import Calibration
 from .config import TurboQuantConfig
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, FormatError, QuantizationError, ScheduleError, TurboQuantError
 from .fusion import fuse_projections, unfuse_projections
 from .integrations import load, register_lazily, save
 from .linear import TurboQuantLinear
-from .model import LayerReport, QuantizationReport, quantize_model
+from .model import LayerReport, QuantizationReport
+from .quantize import quantize_model
 
 __all__ = [
+    "BitPlan",
+    "Calibration",
     "ConfigError",
     "FormatError",
     "LayerReport",
@@ -24,6 +29,7 @@ __all__ = [
     "TurboQuantLinear",
     "fuse_projections",
     "load",
+    "plan_bits",
     "quantize_model",
     "save",
     "unfuse_projections",

@@ -176,6 +176,31 @@ class Calibrator:
                     done.add(name)
         self._quantize_tail([name for name in self.configs if name not in done])
 
+    @torch.no_grad()
+    def head_moments(self, head: str, *, progress: bool = True) -> Moments:
+        """Second moments of what arrives at an output head in the original model: one more pass over the blocks.
+
+        For a head that is tied to the embedding and so must be rounded before the first block is.
+        """
+        batches = [dataclasses.replace(batch) for batch in self.original]
+        for index in tqdm(range(len(self.stream.blocks)), desc="inputs of the head", unit="block", disable=not progress):
+            with self.stream.block(index):
+                for batch in batches:
+                    batch.hidden = self.stream.run(index, batch)
+        layer = self.stream.model.get_submodule(head)
+        moments = Moments(dense_weight(layer, head).shape[1], self.stream.device)
+        for batch in batches:
+            x = input_of(layer, functools.partial(self.stream.tail, batch.tokens, batch.hidden))
+            if x is not None:
+                moments.add(x)
+        return moments
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Embeds the text again, for the stream of the quantized model: its embedding has changed."""
+        for batch in self.stream.batches:
+            batch.hidden = self.stream.embed(batch.tokens)
+
     def _layers(self, module: nn.Module) -> dict[str, nn.Module]:
         return {self.names[id(child)]: child for child in module.modules() if id(child) in self.names}
 

@@ -69,6 +69,10 @@ class Moments:
             self.drift.addmm_((original.reshape(inputs.shape).float() - inputs).T, inputs)
         self.count += inputs.shape[0]
 
+    def add_white(self, share: float) -> None:
+        """Adds uncorrelated inputs with ``share`` of the mean square: each column then matters for itself, too."""
+        self.now.diagonal().add_(share * self.now.diagonal().mean())
+
     def feedback(self, group_size: int, seed: int) -> Feedback:
         """What :func:`quantize_weight_calibrated` needs, for layers with these inputs."""
         hessian = rotated_moments(self.now, group_size, seed)

@@ -21,7 +21,7 @@ from .tying import plan_embeddings, replace_embedding, replace_module, tied_head
 
 # Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
 _DENSE_BYTES = 2
-_HEAD = "output head; quantize it with skip=[], or by its name in layer_bits"
+HEAD = "output head; quantize it with skip=[], or by its name in layer_bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,14 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`quantize_model` did.
+    """What ``quantize_model`` did.
 
     ``layers`` in model order, embeddings first; ``tied`` maps each output head that runs on the planes of a quantized
     embedding to that embedding; ``skipped`` maps each linear layer left alone to the reason; ``dense`` maps every other
     parameter of two or more dimensions that stays dense (embeddings, convolutions, fused experts) to its bf16 bytes;
-    ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers, each tied tensor once.
+    ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers, each tied tensor once;
+    ``expected_kl`` is what a budget's allocation expects, nats per token; ``uncalibrated`` are layers that the
+    calibration text did not reach, so that they were rounded without data.
     """
 
     config: TurboQuantConfig
@@ -62,6 +64,8 @@ class QuantizationReport:
     other_bytes: int
     seconds: float
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    expected_kl: float | None = None
+    uncalibrated: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def total_bytes(self) -> int:
@@ -102,6 +106,8 @@ class QuantizationReport:
             "ratio": self.ratio,
             "bits_per_weight": self.bits_per_weight,
             "error": self.error,
+            "expected_kl": self.expected_kl,
+            "uncalibrated": self.uncalibrated,
             "seconds": self.seconds,
         }
 
@@ -113,6 +119,9 @@ class QuantizationReport:
             + f": {self.bits_per_weight:.3f} bits per weight, relative squared error {self.error:.2e}, {self.seconds:.1f} s",
             f"whole model {self.total_bytes / 1e6:.1f} MB, {self.ratio:.2f}x smaller than bf16",
         ]
+        if self.expected_kl is not None:
+            lines.append(f"expected KL divergence {self.expected_kl:.5f} nats per token")
+        lines += [f"rounded without data, the text did not reach it: {name}" for name in self.uncalibrated]
         lines += [f"shares the planes of {embedding}: {head}" for head, embedding in self.tied.items()]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped.items()]
         lines += [f"left as it was: {name}, {size / 1e6:.1f} MB (no linear layer)" for name, size in self.dense.items()]
@@ -148,7 +157,7 @@ def plan_layers(
     if skip is None:
         skipped = _default_skips(model, {name: module for name, module in linears.items() if is_linear(module)})
         for name in layer_bits or ():
-            if skipped.get(name) == _HEAD:
+            if skipped.get(name) == HEAD:
                 del skipped[name]
     for pattern in skip or ():
         matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
@@ -212,7 +221,7 @@ def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
         if id(module.weight) in users or f"{name}.weight" in declared:
             skipped[name] = "shares its weight with an embedding"
         elif module is head:
-            skipped[name] = _HEAD
+            skipped[name] = HEAD
     return skipped
 
 
@@ -231,78 +240,90 @@ def dense_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def quantize_model(
-    model: nn.Module,
-    config: TurboQuantConfig | None = None,
-    skip: Sequence[str] | None = None,
-    progress: bool = True,
-) -> QuantizationReport:
-    """Quantizes the linear layers of ``model``, and the embeddings that ``config`` names, in place and one at a time: peak
-    memory is the model plus one layer (plus two for an embedding of a class of its own).
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be done to a model: :func:`prepare` has checked that it can be. ``config`` is that of the checkpoint;
+    ``targets``: linear layers; ``embeddings``: names and settings; ``tied``: heads that get an embedding's planes."""
 
-    Args:
-        model: Any ``nn.Module`` on any device; ``nn.Linear`` and GPT-2's ``Conv1D`` layers are replaced.
-        config: Bits, group size, seed; default 4 bits.
-        skip: Glob patterns of layers to leave alone; overrides ``config.skip``. None in both: the output head and what
-            is tied to it. ``[]`` skips nothing.
-        progress: Show a progress bar on stderr.
+    model: nn.Module
+    config: TurboQuantConfig
+    targets: list[str]
+    skipped: dict[str, str]
+    embeddings: dict[str, TurboQuantConfig]
+    tied: dict[str, str]
 
-    Returns:
-        A report: per layer bits, error, bytes and time; each skipped layer with the reason; the whole-model ratio.
+
+def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
+    """Everything that can be wrong is found here, before anything is replaced.
 
     Raises:
         ConfigError: a pattern matches nothing, or the model is quantized already.
-        QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position); nothing was
-            replaced then.
+        QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position).
     """
-    start = time.perf_counter()
-    config = config or TurboQuantConfig()
     if any(isinstance(module, PackedPlanes) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
     embeddings = plan_embeddings(model, config)
-    heads = tied_heads(model, embeddings)
-    targets, skipped = plan_layers(model, config.skip if skip is None else skip, config.layer_bits, heads)
+    tied = tied_heads(model, embeddings)
+    targets, skipped = plan_layers(model, config.skip, config.layer_bits, tied)
     if not targets and not embeddings:
         raise QuantizationError(
             f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
         )
-    for name in targets:  # before anything is replaced
+    for name in targets:
         reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
     for name in embeddings:
         reference.check_finite(model.get_parameter(f"{name}.weight"), f"{name}: weight")
     config = config.exact(targets, (name for name in skipped if is_linear(model.get_submodule(name))), embeddings)
-    weights = [id(model.get_submodule(name).weight) for name in targets]
+    own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
+    return Job(model, config, targets, skipped, own, tied)
+
+
+def quantize_without_data(job: Job, progress: bool) -> list[LayerReport]:
+    """Quantizes the layers of ``job`` one at a time: peak memory is the model plus one layer (plus two for an embedding of a
+    class of its own)."""
+    model, config = job.model, job.config
+    weights = [id(model.get_submodule(name).weight) for name in job.targets]
     shared = {weight for weight in weights if weights.count(weight) > 1} if len(set(weights)) < len(weights) else set()
     done: dict[int, tuple[object, TurboQuantLinear]] = {}  # of shared weights only; keeps the weight, so its id, alive
-    layers = [_quantize_embedding(model, name, config) for name in embeddings]
-    for name in tqdm(targets, desc=f"quantizing to {config.label} bits", unit="layer", disable=not progress):
-        layer_start = time.perf_counter()
+    layers = []
+    for name, own in job.embeddings.items():
+        start = time.perf_counter()
+        embedding = model.get_submodule(name)
+        assert isinstance(embedding, nn.Embedding)
+        new_embedding = TurboQuantEmbedding.from_embedding(embedding, own, name=name)
+        replace_embedding(model, name, new_embedding)
+        layers.append(embedding_report(name, new_embedding, time.perf_counter() - start))
+    for name in tqdm(job.targets, desc=f"quantizing to {config.label} bits", unit="layer", disable=not progress):
+        start = time.perf_counter()
         old = model.get_submodule(name)
-        tied = done.get(id(old.weight))
-        if tied is None:
+        twin = done.get(id(old.weight))
+        if twin is None:
             new = TurboQuantLinear.from_linear(old, config.for_layer(name), name=name)
             if id(old.weight) in shared:
                 done[id(old.weight)] = (old.weight, new)
         else:  # linear layers tied to each other stay tied: one set of planes
             bias = old.bias if isinstance(old.bias, nn.Parameter) else None
-            new = TurboQuantLinear.from_packed(tied[1].packed, tied[1].in_features, bias, config.for_layer(name))
-            new.quantization_error = tied[1].quantization_error
+            new = TurboQuantLinear.from_packed(twin[1].packed, twin[1].in_features, bias, config.for_layer(name))
+            new.quantization_error = twin[1].quantization_error
         replace_module(model, name, new)
-        layers.append(_layer_report(name, config.for_layer(name), new, tied is not None, time.perf_counter() - layer_start))
+        layers.append(linear_report(name, new, twin is not None, time.perf_counter() - start))
         del old
+    return layers
+
+
+def finish(job: Job, layers: list[LayerReport], seconds: float, **notes: Any) -> QuantizationReport:
+    """Tells Transformers, and sums up. ``layers`` have been replaced."""
+    model = job.model
     counted = {id(p) for layer in layers for p in model.get_submodule(layer.name).parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted) * _DENSE_BYTES
     for hook in on_quantized:
-        hook(model, config)
-    return QuantizationReport(config, layers, skipped, dense_parameters(model), other, time.perf_counter() - start, heads)
+        hook(model, job.config)
+    dense = dense_parameters(model)
+    return QuantizationReport(job.config, layers, job.skipped, dense, other, seconds, job.tied, **notes)
 
 
-def _quantize_embedding(model: nn.Module, name: str, config: TurboQuantConfig) -> LayerReport:
-    start = time.perf_counter()
-    embedding = model.get_submodule(name)
-    assert isinstance(embedding, nn.Embedding)
-    new = TurboQuantEmbedding.from_embedding(embedding, config.for_embedding(name), name=name)
-    replace_embedding(model, name, new)
+def embedding_report(name: str, new: TurboQuantEmbedding, seconds: float) -> LayerReport:
+    """Of an embedding that is in place."""
     assert new.quantization_error is not None
     return LayerReport(
         name=name,
@@ -312,19 +333,20 @@ def _quantize_embedding(model: nn.Module, name: str, config: TurboQuantConfig) -
         error=new.quantization_error,
         bytes=new.packed.nbytes,
         dense_bytes=new.num_embeddings * new.embedding_dim * _DENSE_BYTES,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         kind="embedding",
     )
 
 
-def _layer_report(name: str, config: TurboQuantConfig, layer: TurboQuantLinear, tied: bool, seconds: float) -> LayerReport:
+def linear_report(name: str, layer: TurboQuantLinear, tied: bool, seconds: float) -> LayerReport:
+    """Of a layer that is in place; ``tied``: its planes are counted elsewhere."""
     bias = 0 if layer.bias is None else layer.bias.numel() * _DENSE_BYTES
     planes = 0 if tied else layer.packed.nbytes
     dense = 0 if tied else layer.out_features * layer.in_features * _DENSE_BYTES
     assert layer.quantization_error is not None
     return LayerReport(
         name=name,
-        label=config.label,
+        label=layer.label,
         out_features=layer.out_features,
         in_features=layer.in_features,
         error=layer.quantization_error,

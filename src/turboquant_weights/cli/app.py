@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__, evaluation, ops, quantize_model, save
+from .. import budget as budgets
 from .. import checkpoint as checkpoints
+from ..calibration import Calibration
 from ..config import MAX_SEED, TurboQuantConfig
 from ..errors import ConfigError
 from . import tables
@@ -35,6 +38,20 @@ Model = Annotated[
 Checkpoint = Annotated[Path, typer.Argument(help="Folder that `quantize` wrote.", show_default=False)]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of what is not quantized. auto: as stored; bfloat16 for a .gguf file.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cpu]", show_default=False)]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Read a text: the one that comes with the package, or --calibration-text.")
+]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(help="UTF-8 file that resembles what the model will see; implies --calibrate.", show_default=False),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of the text that are read.")]
+SampleLength = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
+TargetRatio = Annotated[
+    float | None, typer.Option(help="Times smaller than bf16, whole file, e.g. 3.2.", show_default=False)
+]
+TargetBits = Annotated[float | None, typer.Option(help="Bits per parameter of the whole file, e.g. 5.", show_default=False)]
+MaxKl = Annotated[float | None, typer.Option(help="Expected KL divergence per token, nats, e.g. 0.01.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead; progress stays on stderr.")]
 
 
@@ -76,6 +93,21 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    calibrate: Calibrate = False,
+    calibration_text: CalibrationText = None,
+    samples: Samples = Calibration.samples,
+    sample_length: SampleLength = Calibration.sample_length,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for finished blocks of a calibrated run: repeat the command after an interruption, and it goes on "
+            "there. Deleted when OUT is complete.",
+            show_default=False,
+        ),
+    ] = None,
+    target_ratio: TargetRatio = None,
+    target_bits: TargetBits = None,
+    max_kl: MaxKl = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
@@ -83,8 +115,12 @@ def quantize(
 ) -> None:
     """Quantize MODEL and save it to the folder OUT.
 
-    Needs no text and no GPU. The tokenizer is saved too. If anything fails, or on Ctrl-C, OUT stays as it was.
+    Without further options it needs no text and takes seconds. With `--calibrate` it reads a text and rounds every layer for
+    the inputs it really gets: minutes instead of seconds, and a fraction of the loss. With a budget (`--target-ratio`,
+    `--target-bits` or `--max-kl`) it chooses the bits of every layer, the embedding and the output head; `plan` shows first
+    what each budget gives. The tokenizer is saved too. If anything fails, or on Ctrl-C, OUT stays as it was.
     """
+    calibration = _calibration(calibrate, calibration_text, samples, sample_length, device, resume)
     by_name = dict(_name_and_bits(text) for text in layer_bits or ())
     config = TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name)
     if (
@@ -93,14 +129,69 @@ def quantize(
         raise ConfigError(f"{out} exists: choose another folder, or add --overwrite")
     with _quiet_stdout():
         dense, tokenizer = open_model(model, dtype, device)
-        report = quantize_model(dense, config, skip=skip)
+        report = quantize_model(
+            dense,
+            config,
+            skip=skip,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            target_ratio=target_ratio,
+            target_bits=target_bits,
+            max_kl=max_kl,
+        )
         save(dense, out, tokenizer=tokenizer, overwrite=overwrite)
+        if resume is not None:
+            shutil.rmtree(resume)
     size = sum(file.stat().st_size for file in out.iterdir())
     if as_json:
         _print_json({"model": model, "out": str(out), "folder_bytes": size, **report.to_dict()})
     else:
         print(report)
         print(f"saved to {out}: {tables.megabytes(size)}. Load it with turboquant_weights.load({str(out)!r})")
+
+
+@app.command(epilog="Example: turboquant-weights plan HuggingFaceTB/SmolLM2-135M --calibrate --plot plan.png")
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)],
+    calibrate: Calibrate = False,
+    calibration_text: CalibrationText = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob pattern of layers to leave alone; repeatable. [default: none]", show_default=False),
+    ] = None,
+    target_ratio: TargetRatio = None,
+    target_bits: TargetBits = None,
+    max_kl: MaxKl = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also list the bits of every layer (needs one budget).")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write the curve of size against KL divergence to this .png or .svg file.", show_default=False),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each budget would give for MODEL: whole-file size and expected KL divergence. Nothing is quantized.
+
+    Sensitivities are measured with one backward pass: over a text with `--calibrate` (then the figures are for
+    calibrated rounding), over random tokens without (then they rank layers, but predict no loss).
+    """
+    budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
+    given = {name: value for name, value in budget.items() if value is not None}
+    if layers and not given:
+        raise ConfigError("--layers needs a budget: add --target-ratio, --target-bits or --max-kl")
+    calibration = _calibration(calibrate, calibration_text, budgets.SAMPLES, budgets.SAMPLE_LENGTH, device, None)
+    with _quiet_stdout():
+        dense, tokenizer = open_model(model, dtype, device)
+        tokens = None if calibration is None else calibration.tokens(need_tokenizer(tokenizer, model))
+        found = budgets.plan_bits(dense, skip=skip, tokens=tokens)
+    allocations = [found.allocate(**given)] if given else tables.ladder(found)
+    if plot is not None:
+        tables.plot_plan(found, plot, Path(model).name)
+    if as_json:
+        _print_json(tables.plan_dict(model, found, allocations))
+    else:
+        tables.print_plan(model, found, allocations, layers)
 
 
 @app.command(epilog="Example: turboquant-weights inspect smollm2-4bit")
@@ -234,6 +325,16 @@ def tune(
         sizes.append((int(match[1]), int(match[2])))
     for line in ops.tune_schedules(sizes, residual_bits, tokens, out):
         print(line)
+
+
+def _calibration(
+    calibrate: bool, text: Path | None, samples: int, length: int, device: str | None, resume: Path | None
+) -> Calibration | None:
+    if not calibrate and text is None:
+        if resume is not None:
+            raise ConfigError("--resume is for calibrated runs: add --calibrate")
+        return None
+    return Calibration(text, samples, length, device, resume)
 
 
 def _read_text(path: Path) -> str:

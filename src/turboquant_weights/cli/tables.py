@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..allocation import Allocation
+from ..budget import BitPlan
 from ..checkpoint import CheckpointInfo
+from ..errors import ConfigError
 from ..evaluation import Evaluation
 
 
@@ -103,3 +109,107 @@ def distance_cells(result: Evaluation) -> list[str]:
         f"{result.kl_max:.3f}",
         f"{result.top1:.1%}",
     ]
+
+
+# Rows of the table of `plan`: from little loss to much.
+_RATIOS = (2.0, 2.5, 3.0, 3.2, 3.5, 3.7, 4.0, 4.5, 5.0, 6.0)
+
+
+def ladder(plan: BitPlan) -> list[Allocation]:
+    """What the ratios of the table give, as far as they are possible."""
+    best = plan.curve()[0].ratio
+    return [plan.allocate(target_ratio=ratio) for ratio in _RATIOS if ratio <= best]
+
+
+def plan_dict(model: str, plan: BitPlan, allocations: Sequence[Allocation]) -> dict[str, Any]:
+    """JSON-able form of what ``plan`` shows."""
+    return {
+        "model": model,
+        "measured_on": "text" if plan.measured else "random tokens",
+        "rounding": "calibrated" if plan.calibrated else "data-free",
+        "parameters": plan.parameters,
+        "dense_bytes": plan.dense_bytes,
+        "units": [
+            {"names": list(unit.names), "weights": unit.weights, "sensitivity": unit.sensitivity} for unit in plan.units
+        ],
+        "allocations": [
+            {
+                "ratio": a.ratio,
+                "bits_per_parameter": 8 * a.total_bytes / plan.parameters,
+                "total_bytes": a.total_bytes,
+                "expected_kl": a.expected_kl,
+                "bits": {name: None if bits is None else list(bits) for name, bits in a.bits.items()},
+            }
+            for a in allocations
+        ],
+    }
+
+
+def print_plan(model: str, plan: BitPlan, allocations: Sequence[Allocation], layers: bool) -> None:
+    """One line per allocation, then the layers of the last one if wanted."""
+    out = console()
+    rows = table("times smaller", "bits/parameter", "file", "expected KL (nats)", "embedding", "layers (bits: count)")
+    for allocation in allocations:
+        kinds = collections.Counter(
+            bits_label(bits) for name, bits in allocation.bits.items() if name not in plan.embeddings
+        )
+        rows.add_row(
+            f"{allocation.ratio:.2f}",
+            f"{8 * allocation.total_bytes / plan.parameters:.3f}",
+            megabytes(allocation.total_bytes),
+            f"{allocation.expected_kl:.5f}",
+            ", ".join(bits_label(allocation.bits[name]) for name in sorted(plan.embeddings)) or "-",
+            "  ".join(f"{label}: {kinds[label]}" for label in sorted(kinds)),
+        )
+    out.print(f"{model}: {plan.parameters / 1e6:,.1f} M parameters, {megabytes(plan.dense_bytes)} in bf16", markup=False)
+    out.print(rows)
+    if layers:
+        each = table("layer", "bits", "weights", "sensitivity (nats per unit of error)")
+        for unit in plan.units:
+            for name in unit.names:
+                label = bits_label(allocations[-1].bits[name])
+                each.add_row(
+                    name, label, f"{unit.weights:,}", f"{unit.sensitivity:.4f}" + " (shared)" * (len(unit.names) > 1)
+                )
+        out.print(each)
+    if plan.measured:
+        out.print("For calibrated rounding; sensitivities from a text. Check the result with `turboquant-weights eval`.")
+    else:
+        out.print(
+            "For data-free rounding; sensitivities from random tokens, which rank layers but do not predict the loss. "
+            "Add --calibrate for figures to rely on."
+        )
+
+
+def bits_label(bits: tuple[int, int] | None) -> str:
+    """``4``, ``4+2`` or ``bf16``."""
+    if bits is None:
+        return "bf16"
+    return f"{bits[0]}+{bits[1]}" if bits[1] else str(bits[0])
+
+
+def plot_plan(plan: BitPlan, path: Path, title: str) -> None:
+    """Draws size against expected KL divergence, from 2 bits everywhere to bf16."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ConfigError("--plot needs matplotlib: pip install 'turboquant-weights[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {path}: the name must end in .png, .svg or .pdf")
+    curve = [point for point in plan.curve() if point.expected_kl > 0]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot([8 * point.total_bytes / plan.parameters for point in curve], [point.expected_kl for point in curve])
+    axes.set(
+        xlabel="bits per parameter, whole file",
+        ylabel="expected KL divergence (nats per token)",
+        yscale="log",
+        title=f"{title}: {'calibrated' if plan.calibrated else 'data-free'} rounding",
+    )
+    axes.axvline(5.0, linewidth=0.8, linestyle=":", color="gray")
+    axes.annotate("3.2x smaller", (5.0, axes.get_ylim()[1]), rotation=90, va="top", ha="right", fontsize=8, color="gray")
+    axes.grid(True, which="both", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,226 @@
+"""Bits under a budget: what of a model can be quantized, how sensitive each part is, and which bits a budget buys.
+
+Sensitivities are measured with one backward pass over a little text (sensitivity.py); without a text, over random
+tokens: their logarithms correlate at 0.85 with those of a text, good enough to rank layers, not to predict a loss.
+Whoever calibrates gets smaller losses from the same bits; how much smaller is a measured constant, since only ratios
+between kinds of layers matter here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import sensitivity
+from .allocation import Allocation, Bits, Unit, allocate, steps
+from .calibration import input_groups
+from .config import TurboQuantConfig
+from .errors import ConfigError, QuantizationError
+from .linear import dense_weight, is_linear
+from .model import HEAD, plan_layers
+from .stream import BlockStream
+from .tying import tied_heads
+
+# Windows and their length for the sensitivities: 3,072 tokens.
+SAMPLES, SAMPLE_LENGTH = 12, 256
+_PROBE_TOKENS = 8
+_SEED = 0
+# Share of the KL divergence of plain rounding that calibrated rounding leaves (SmolLM2-135M, 4 bits): DESIGN.md has the
+# measurement.
+_CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.18, 0.40
+# Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they
+# stay alike, so that they can run as one matrix (gate and up, q and k).
+_ALIKE = 4.0
+_DENSE_BYTES = 2
+# Of a tensor's entry in a safetensors header, without its name, and what else lies in the file.
+_ENTRY_BYTES, _FILE_BYTES = 80, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class BitPlan:
+    """What a budget can buy for a model.
+
+    ``units`` can be quantized; ``other_bytes`` are the rest of the file; ``parameters``: all of the model's, tied ones once;
+    ``tied``: heads on the planes of an embedding; ``measured`` says whether a text was read, ``calibrated`` for which way of
+    rounding the expectations are.
+    """
+
+    units: tuple[Unit, ...]
+    other_bytes: int
+    parameters: int
+    embeddings: frozenset[str]
+    skipped: tuple[str, ...]
+    tied: Mapping[str, str]
+    measured: bool
+    calibrated: bool
+
+    @property
+    def dense_bytes(self) -> int:
+        """The whole file in bf16."""
+        return sum(unit.bytes(None) for unit in self.units) + self.other_bytes
+
+    def allocate(
+        self, *, target_ratio: float | None = None, target_bits: float | None = None, max_kl: float | None = None
+    ) -> Allocation:
+        """The best allocation for one of three budgets.
+
+        Args:
+            target_ratio: How many times smaller than in bf16 the whole file must be at least.
+            target_bits: Bits per parameter of the whole file at most.
+            max_kl: Expected KL divergence, nats per token, at most; the smallest such file.
+
+        Raises:
+            ConfigError: not exactly one budget, a budget that is not positive, or that nothing meets.
+        """
+        budgets = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"got {', '.join(given) or 'no budget'}: exactly one of {', '.join(budgets)} is needed")
+        (name, value), *_ = given.items()
+        if not value > 0:
+            raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+        if name == "max_kl":
+            return allocate(self.units, self.other_bytes, max_kl=value)
+        limit = self.dense_bytes / value if name == "target_ratio" else self.parameters * value / 8
+        return allocate(self.units, self.other_bytes, max_bytes=limit)
+
+    def curve(self) -> list[Allocation]:
+        """Every allocation worth making, from 2 bits everywhere to bf16."""
+        return steps(self.units, self.other_bytes)
+
+    def config(self, allocation: Allocation, base: TurboQuantConfig) -> TurboQuantConfig:
+        """``base`` with the bits of ``allocation``."""
+        bits = allocation.bits
+        layers = {name: choice for name, choice in bits.items() if choice is not None and name not in self.embeddings}
+        embeddings = {name: choice for name, choice in bits.items() if choice is not None and name in self.embeddings}
+        dense = [name for name, choice in bits.items() if choice is None and name not in self.embeddings]
+        dense += [head for head, embedding in self.tied.items() if embedding not in embeddings]
+        return dataclasses.replace(
+            base, bits=4, residual_bits=0, layer_bits=layers, embeddings=embeddings, skip=(*self.skipped, *dense)
+        )
+
+
+def plan_bits(
+    model: nn.Module,
+    config: TurboQuantConfig | None = None,
+    skip: Sequence[str] | None = None,
+    *,
+    tokens: Tensor | None = None,
+    calibrated: bool | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> BitPlan:
+    """Measures how sensitive each linear layer and embedding of a language model is. The model is not changed.
+
+    Args:
+        model: A causal language model of Transformers with dense weights.
+        config: Its ``skip`` is used if ``skip`` is None.
+        skip: Glob patterns of linear layers that stay as they are. None: only what must not be quantized (exotic classes);
+            output heads and embeddings take part.
+        tokens: A text, int64 [s, l]; the first 12 windows of 256 tokens are read. None: random tokens.
+        calibrated: Whether rounding will be calibrated; None: if there is a text.
+        device: Where to compute, None: where the model is.
+
+    Raises:
+        QuantizationError: not a decoder, or not one that can be run on tokens.
+    """
+    config = config or TurboQuantConfig()
+    calibrated = tokens is not None if calibrated is None else calibrated
+    patterns = config.skip if skip is None else skip
+    embeddings = _embeddings(model)
+    heads = tied_heads(model, embeddings)
+    targets, skipped = plan_layers(model, patterns, tied=heads)
+    if patterns is None:  # a budget is for the whole file: an output head of its own takes part
+        targets += [name for name, reason in skipped.items() if reason == HEAD]
+        skipped = {name: reason for name, reason in skipped.items() if reason != HEAD}
+    linears = {name: model.get_submodule(name) for name in targets}
+    measured = tokens is not None
+    if tokens is None:
+        tokens = _random_tokens(model)
+    tokens = tokens[:SAMPLES, :SAMPLE_LENGTH]
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    with BlockStream(model, tokens, where) as stream:
+        values = sensitivity.measure(stream, linears, embeddings, progress=progress)
+    probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
+    groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
+    reached = {name for group in groups for name in group}
+    groups += [[name] for name in linears if name not in reached]
+    tied = {id(module.weight) for module in model.modules() if is_linear(module)}
+    units: list[Unit] = []
+    known: set[int] = set()
+    for group in groups:
+        for names in _alike(group, values, linears):
+            units.append(_unit(names, linears, values, _CALIBRATED_LINEAR if calibrated else 1.0, known))
+    for name, embedding in embeddings.items():
+        gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
+        units.append(_unit([name], embeddings, values, gain, known))
+    return BitPlan(
+        tuple(units),
+        _other_bytes(model, units),
+        sum(parameter.numel() for parameter in model.parameters()),
+        frozenset(embeddings),
+        tuple(name for name in skipped if is_linear(model.get_submodule(name)) and name not in heads),
+        heads,
+        measured,
+        calibrated,
+    )
+
+
+def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Embeddings by the first of their names, of those that share a weight the first."""
+    found: dict[int, tuple[str, nn.Embedding]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            found.setdefault(id(module.weight), (name, module))
+    return dict(found.values())
+
+
+def _random_tokens(model: nn.Module) -> Tensor:
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    if not isinstance(embedding, nn.Embedding):
+        raise QuantizationError(f"{type(model).__name__} has no input embedding: a budget needs a language model")
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(embedding.num_embeddings, (SAMPLES, SAMPLE_LENGTH), generator=generator)
+
+
+def _alike(group: Sequence[str], values: Mapping[str, float], linears: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Cuts layers with one input into those that want about the same bits."""
+    per_weight = {name: values[name] / dense_weight(linears[name], name).numel() for name in group}
+    clusters: list[list[str]] = []
+    for name in sorted(group, key=lambda name: per_weight[name]):
+        if clusters and per_weight[name] <= _ALIKE * per_weight[clusters[-1][0]]:
+            clusters[-1].append(name)
+        else:
+            clusters.append([name])
+    return [[name for name in group if name in cluster] for cluster in clusters]
+
+
+def _unit(
+    names: Sequence[str], modules: Mapping[str, Any], values: Mapping[str, float], gain: float, known: set[int]
+) -> Unit:
+    shapes = []
+    for name in names:
+        module = modules[name]
+        weight = module.weight if isinstance(module, nn.Embedding) else dense_weight(module, name)
+        if id(module.weight) not in known:  # layers may share one weight
+            known.add(id(module.weight))
+            shapes.append((weight.shape[0], weight.shape[1]))
+    return Unit(tuple(names), tuple(shapes), gain * sum(values[name] for name in names))
+
+
+def _other_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
+    """Everything in the file but the weights of the units: the other parameters in bf16, and what describes each tensor."""
+    weights = sum(unit.weights for unit in units)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    planes = {name for unit in units for name in unit.names}
+    entries = sum(len(name) + _ENTRY_BYTES for name, _ in model.named_parameters())
+    entries += sum(3 * (len(name) + len(".exponents") + _ENTRY_BYTES) for name in planes)
+    return (total - weights) * _DENSE_BYTES + entries + _FILE_BYTES
+
+
+__all__ = ["BitPlan", "Bits", "plan_bits"]

@@ -1,0 +1,120 @@
+"""Bits under a budget: the allocation against brute force, sensitivities against measured KL divergence."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+from tiny_model import tiny_llama
+
+from turboquant_weights import ConfigError, reference
+from turboquant_weights.allocation import ERRORS, Unit, allocate, steps
+from turboquant_weights.evaluation import kl_divergence
+from turboquant_weights.linear import is_linear
+from turboquant_weights.sensitivity import measure
+from turboquant_weights.stream import BlockStream
+
+
+def units(count: int, seed: int) -> list[Unit]:
+    chance = random.Random(seed)
+    return [
+        Unit((f"layer{i}",), ((chance.choice((64, 192, 576)), chance.choice((128, 576))),), 10 ** chance.uniform(-3, 1))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_allocation_is_optimal_for_its_own_size(seed: int) -> None:
+    """What it arrives at on the hull, no other choice of bits beats with as many bytes."""
+    some = units(4, seed)
+    choices = [*ERRORS, None]
+    every = [
+        (sum(u.bytes(b) for u, b in zip(some, bits, strict=True)), sum(u.kl(b) for u, b in zip(some, bits, strict=True)))
+        for bits in itertools.product(choices, repeat=4)
+    ]
+    path = steps(some, 0)
+    for point in path:
+        assert point.expected_kl <= 1.0000001 * min(kl for size, kl in every if size <= point.total_bytes)
+    assert [p.total_bytes for p in path] == sorted(p.total_bytes for p in path)
+    assert path[-1].ratio == 1.0
+    assert path[-1].expected_kl == 0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_budgets_hold_and_are_used(seed: int) -> None:
+    some = units(40, seed)
+    dense = sum(unit.bytes(None) for unit in some) + 1000
+    for ratio in (1.0, 2.0, 3.2, 5.0):
+        found = allocate(some, 1000, max_bytes=dense / ratio)
+        assert found.dense_bytes == dense
+        assert found.ratio >= ratio
+        assert found.ratio < 1.1 * ratio, "the budget is not used"
+        again = sum(unit.bytes(found.bits[unit.names[0]]) for unit in some) + 1000
+        assert again == found.total_bytes
+        assert found.expected_kl == pytest.approx(sum(unit.kl(found.bits[unit.names[0]]) for unit in some))
+    limit = steps(some, 0)[30].expected_kl * 1.01
+    smallest = allocate(some, 1000, max_kl=limit)
+    assert smallest.expected_kl <= limit
+    assert smallest.total_bytes == min(p.total_bytes for p in steps(some, 1000) if p.expected_kl <= limit)
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"at most 7\.07 times"):
+        allocate(units(5, 0), 0, max_bytes=100)
+
+
+def test_more_sensitive_units_get_more_bits() -> None:
+    shape = ((256, 512),)
+    some = [Unit((name,), shape, value) for name, value in (("low", 0.01), ("middle", 0.1), ("high", 10.0))]
+    bits = allocate(some, 0, max_bytes=0.31 * sum(unit.bytes(None) for unit in some)).bits
+    totals = [sum(bits[name] or (16,)) for name in ("low", "middle", "high")]
+    assert totals == sorted(totals)
+    assert totals[0] < totals[2]
+
+
+def test_errors_are_those_of_the_quantizer() -> None:
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(5))
+    for (bits, residual_bits), error in ERRORS.items():
+        found = reference.quantize_weight(weight, bits=bits, residual_bits=residual_bits).error
+        assert found == pytest.approx(error, rel=0.02)
+
+
+def test_sensitivities_predict_the_kl_divergence_of_noise() -> None:
+    """White noise of 0.3 % of the weights, in all layers at once and in the tied embedding alone."""
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2).eval()
+    tokens = torch.randint(0, 97, (24, 24))
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
+    embeddings = {"model.embed_tokens": model.model.embed_tokens}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with BlockStream(model, tokens, torch.device("cpu")) as stream:
+        values = measure(stream, linears, embeddings, progress=False)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for names in (list(linears), ["model.embed_tokens"]):
+        measured = []
+        for _ in range(6):
+            noisy = copy.deepcopy(model)
+            for name in names:
+                weight = noisy.get_submodule(name).weight
+                rms = weight.detach().square().mean(1, keepdim=True).sqrt()
+                weight.data += 0.003**0.5 * rms * torch.randn_like(weight)
+            with torch.no_grad():
+                wanted, found = (m(input_ids=tokens).logits.flatten(0, 1) for m in (model, noisy))
+            measured.append(float(kl_divergence(wanted, found).mean()))
+        predicted = 0.003 * sum(values[name] for name in names)
+        assert predicted == pytest.approx(sum(measured) / len(measured), rel=0.25)
+
+
+def test_sensitivities_are_reproducible() -> None:
+    model = tiny_llama().eval()
+    tokens = torch.randint(0, 97, (2, 64))
+    layers = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
+    found = []
+    for part in (tokens, tokens.clone()):
+        with BlockStream(model, part, torch.device("cpu")) as stream:
+            found.append(measure(stream, layers, {}, progress=False))
+    assert found[0] == found[1]
