@@ -29,30 +29,33 @@ static int available(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-/* How 64 fields of a plane are unpacked. */
+/* How 64 fields of a plane are unpacked: each 8 fields' bytes go into a word of their own, from which every field is taken
+ * `up` bits above the bottom of its byte. What stands around it is not cleared. */
 typedef struct {
-    __m512i gather, shift, mask;
-    int64_t bytes;
+    __m512i gather, shift;
+    __mmask64 all, half;         /* bytes to read: of 64 columns, of the 32 that may be the last */
+    int width;
 } unpacking;
 
-INLINE unpacking unpacking_of(int width)
+INLINE unpacking unpacking_of(int width, int up)
 {
     uint8_t gather[64], shift[64];
     for (int i = 0; i < 64; i++) {
-        gather[i] = (uint8_t)((i / 8 * width + i % 8) & 63); /* each 8 fields' bytes into a word of their own */
-        shift[i] = (uint8_t)(i % 8 * width);
+        gather[i] = (uint8_t)((i / 8 * width + i % 8) & 63);
+        shift[i] = (uint8_t)((i % 8 * width - up) & 63);
     }
-    return (unpacking){_mm512_loadu_si512(gather), _mm512_loadu_si512(shift), _mm512_set1_epi8((char)((1 << width) - 1)),
-                       8 * width};
+    return (unpacking){_mm512_loadu_si512(gather), _mm512_loadu_si512(shift), ((__mmask64)1 << 8 * width) - 1,
+                       ((__mmask64)1 << 4 * width) - 1, width};
 }
 
-/* The next 64 fields, of which `left` bytes are there to be read. */
-INLINE __m512i unpack(const uint8_t *bytes, int64_t left, const unpacking *how)
+INLINE __m512i unpack(const uint8_t *row, int64_t block, int64_t blocks, const unpacking *how)
 {
-    const int64_t count = left < how->bytes ? left : how->bytes;
-    const __m512i raw = _mm512_maskz_loadu_epi8(((__mmask64)1 << count) - 1, bytes);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(how->shift, _mm512_permutexvar_epi8(how->gather, raw)), how->mask);
+    const __mmask64 there = blocks - block >= 2 ? how->all : how->half;
+    const __m512i raw = _mm512_maskz_loadu_epi8(there, row + 4 * how->width * block);
+    return _mm512_multishift_epi64_epi8(how->shift, _mm512_permutexvar_epi8(how->gather, raw));
 }
+
+INLINE __m512i select_bits(__m512i mask, __m512i set, __m512i clear) { return _mm512_ternarylogic_epi32(mask, set, clear, 0xca); }
 
 /* 16 scales of a row, times 2^-19; `left` are there. */
 INLINE __m512 scales16(const uint8_t *scales, int64_t left)
@@ -143,17 +146,20 @@ INLINE void integer4(const tq_layer *layer, const tq_activations *act, int64_t r
 
 typedef struct {
     unpacking codes, residual;
-    __m512i high[2], low[2]; /* 128 entries each */
-    int residual_bits, folds;
+    __m512i high[2], low[2];     /* 128 entries each */
+    __m512i residual_mask, mask; /* of an index */
+    int folds;
 } decoding;
 
 INLINE decoding decoding_of(const tq_codebook *book, const uint8_t *high, const uint8_t *low)
 {
     decoding how;
-    how.codes = unpacking_of(book->bits);
-    how.residual = unpacking_of(book->residual_bits ? book->residual_bits : 1);
-    how.residual_bits = book->residual_bits;
-    how.folds = book->bits + book->residual_bits == 8;
+    const int rest = book->residual_bits, total = book->bits + rest;
+    how.codes = unpacking_of(book->bits, rest);
+    how.residual = unpacking_of(rest ? rest : 1, 0);
+    how.residual_mask = _mm512_set1_epi8((char)((1 << rest) - 1));
+    how.mask = _mm512_set1_epi8((char)((1 << total) - 1));
+    how.folds = total == 8;
     for (int i = 0; i < 2; i++) {
         how.high[i] = _mm512_loadu_si512(high + 64 * i);
         how.low[i] = _mm512_loadu_si512(low + 64 * i);
@@ -161,23 +167,18 @@ INLINE decoding decoding_of(const tq_codebook *book, const uint8_t *high, const 
     return how;
 }
 
-INLINE __m512i index64(const tq_layer *layer, const uint8_t *codes, const uint8_t *residual, int64_t block, const decoding *how)
+/* 64 indices in the order of columns; residual may be NULL. */
+INLINE __m512i index64(const uint8_t *codes, const uint8_t *residual, int64_t block, int64_t blocks, const decoding *how)
 {
-    const int64_t left = layer->blocks - block;
-    const int bits = layer->book->bits;
-    __m512i index = unpack(codes + 4 * bits * block, 4 * bits * left, &how->codes);
-    if (residual) {
-        const int rest = how->residual_bits;
-        const __m512i low = unpack(residual + 4 * rest * block, 4 * rest * left, &how->residual);
-        index = _mm512_or_si512(_mm512_sll_epi16(index, _mm_cvtsi32_si128(rest)), low);
-    }
-    return index;
+    __m512i index = unpack(codes, block, blocks, &how->codes);
+    if (residual) index = select_bits(how->residual_mask, unpack(residual, block, blocks, &how->residual), index);
+    return _mm512_and_si512(index, how->mask);
 }
 
 /* Bytes of the levels; with 256 levels those of the upper half are complements. */
-INLINE void bytes64(__m512i index, const decoding *how, __m512i *high, __m512i *low)
+INLINE void bytes64(__m512i index, const decoding *how, const int folds, __m512i *high, __m512i *low)
 {
-    if (how->folds) {
+    if (folds) {
         const __m512i upper = _mm512_movm_epi8(_mm512_movepi8_mask(index));
         index = _mm512_xor_si512(index, upper);
         *high = _mm512_xor_si512(_mm512_permutex2var_epi8(how->high[0], index, how->high[1]), upper);
@@ -188,12 +189,13 @@ INLINE void bytes64(__m512i index, const decoding *how, __m512i *high, __m512i *
     }
 }
 
+/* (128 high + low) (128 a + b) = 128 (128 high a + high b + low a) + low b, and the last term is left out: it is 6e-5 of the
+ * result, and unbiased because both bytes are centred. */
 INLINE void integer64(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                      const int nested, const int folds, const int R, const int T)
+                      const int nested, const int R, const int T)
 {
     const tq_codebook *book = layer->book;
-    decoding how = decoding_of(book, book->high, book->low);
-    how.folds = folds; /* a constant here */
+    const decoding how = decoding_of(book, book->high, book->low);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)book->base));
     const __m512i zero = _mm512_setzero_si512();
     const int64_t columns = act->blocks * BLOCK;
@@ -226,9 +228,9 @@ INLINE void integer64(const tq_layer *layer, const tq_activations *act, int64_t 
                 _mm_prefetch((const char *)codes + 4 * book->bits * at + AHEAD * layer->codes_stride, _MM_HINT_T0);
                 if (nested)
                     _mm_prefetch((const char *)residual + 4 * book->residual_bits * at + AHEAD, _MM_HINT_T1);
-                const __m512i index = index64(layer, codes, residual, at, &how);
+                const __m512i index = index64(codes, residual, at, layer->blocks, &how);
                 if (nested)
-                    bytes64(index, &how, &high[r], &low[r]);
+                    bytes64(index, &how, 0, &high[r], &low[r]);
                 else
                     high[r] = _mm512_shuffle_epi8(table, index);
             }
@@ -238,14 +240,86 @@ INLINE void integer64(const tq_layer *layer, const tq_activations *act, int64_t 
                 const __m512i a = _mm512_load_si512(columns2), b = _mm512_load_si512(columns2 + 64);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
-                    /* (256 high + low) (128 a + b), without low * b: 1e-4 of the result, and unbiased. */
-                    __m512i dot = _mm512_slli_epi32(_mm512_dpbusd_epi32(zero, high[r], a), 7);
-                    dot = _mm512_dpbusd_epi32(dot, high[r], b);
-                    if (nested) dot = _mm512_dpbusd_epi32(_mm512_slli_epi32(dot, 1), low[r], a);
+                    __m512i fine = _mm512_dpbusd_epi32(zero, high[r], b);
+                    if (nested) fine = _mm512_dpbusd_epi32(fine, low[r], a);
+                    const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zero, high[r], a), 7), fine);
                     sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r][t]), sum[r][t]);
                 }
             }
             lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(2));
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) out[r * TOKENS + t] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+/* -- 4 + 4 bits: indices of 128 columns from two nibbles each ------------------------------------------------------------- */
+
+INLINE void integer44(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                     const int R, const int T)
+{
+    const decoding how = decoding_of(layer->book, layer->book->high, layer->book->low);
+    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+    const int64_t columns = act->blocks * BLOCK, row_bytes = layer->blocks * 16;
+    const uint8_t *codes[4], *residual[4];
+    const int8_t *x[TOKENS];
+    __m512 sum[4][TOKENS];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        codes[r] = row_of(layer->codes, layer->codes_stride, row + r);
+        residual[r] = row_of(layer->residual, layer->residual_stride, row + r);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+        x[t] = (const int8_t *)act->values + (token + t) * 2 * columns;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r][t] = _mm512_setzero_ps();
+    }
+    for (int64_t block = 0; block < layer->blocks; block += 16) {
+        __m512 scale[4][TOKENS];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const __m512 own =
+                scales16(row_of(layer->scales, layer->scales_stride, row + r) + block, layer->blocks - block);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const int64_t at = (token + t) * act->blocks + block;
+                scale[r][t] = _mm512_mul_ps(own, _mm512_loadu_ps(act->scale + at));
+                sum[r][t] = _mm512_fnmadd_ps(own, _mm512_loadu_ps(act->correction + at), sum[r][t]);
+            }
+        }
+        __m512i lanes = lane_blocks(4);
+        const int64_t end = block + 16 < layer->blocks ? block + 16 : layer->blocks;
+        for (int64_t at = block; at < end; at += 4) {
+            __m512i even[4], odd[4], even_low[4], odd_low[4];
+            const int64_t left = row_bytes - 16 * at;
+            const __mmask64 there = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                _mm_prefetch((const char *)codes[r] + 16 * at + AHEAD, _MM_HINT_T1);
+                _mm_prefetch((const char *)residual[r] + 16 * at + AHEAD, _MM_HINT_T1);
+                const __m512i base = _mm512_maskz_loadu_epi8(there, codes[r] + 16 * at);
+                const __m512i rest = _mm512_maskz_loadu_epi8(there, residual[r] + 16 * at);
+                bytes64(select_bits(nibble, rest, _mm512_slli_epi16(base, 4)), &how, 1, &even[r], &even_low[r]);
+                bytes64(select_bits(nibble, _mm512_srli_epi16(rest, 4), base), &how, 1, &odd[r], &odd_low[r]);
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const int8_t *columns4 = x[t] + 64 * at;
+                const __m512i a_even = _mm512_load_si512(columns4), a_odd = _mm512_load_si512(columns4 + 64);
+                const __m512i b_even = _mm512_load_si512(columns4 + 128), b_odd = _mm512_load_si512(columns4 + 192);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    const __m512i a = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even[r], a_even), odd[r], a_odd);
+                    const __m512i b = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even[r], b_even), odd[r], b_odd);
+                    const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(b, even_low[r], a_even), odd_low[r], a_odd);
+                    const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(a, 7), low);
+                    sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r][t]), sum[r][t]);
+                }
+            }
+            lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4));
         }
     }
 #pragma GCC unroll 4
@@ -293,7 +367,7 @@ INLINE void exact64(const tq_layer *layer, const tq_activations *act, int64_t ro
         const int64_t end = block + 16 < layer->blocks ? block + 16 : layer->blocks;
         for (int64_t at = block; at < end; at += 2) {
             __m512 level[4];
-            levels64(index64(layer, codes, residual, at, &how), &how, level);
+            levels64(index64(codes, residual, at, layer->blocks, &how), &how, level);
             const __m512 first = _mm512_permutexvar_ps(_mm512_set1_epi32((int)(at - block)), own);
             const __m512 second = _mm512_permutexvar_ps(_mm512_set1_epi32((int)(at - block) + 1), own);
 #pragma GCC unroll 4
@@ -324,7 +398,7 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
             const int64_t last = block + 16 < layer->blocks ? block + 16 : layer->blocks;
             for (int64_t at = block; at < last; at += 2) {
                 __m512 level[4];
-                levels64(index64(layer, codes, residual, at, &how), &how, level);
+                levels64(index64(codes, residual, at, layer->blocks, &how), &how, level);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) {
                     const __m512 scale = _mm512_permutexvar_ps(_mm512_set1_epi32((int)(at - block) + i / 2), own);
@@ -363,16 +437,16 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
     }
 
 #define CALL_4(R, T) integer4(layer, act, row, from, to, R, T)
-#define CALL_BASE(R, T) integer64(layer, act, row, from, to, 0, 0, R, T)
-#define CALL_NESTED(R, T) integer64(layer, act, row, from, to, 1, 0, R, T)
-#define CALL_FOLDED(R, T) integer64(layer, act, row, from, to, 1, 1, R, T)
+#define CALL_BASE(R, T) integer64(layer, act, row, from, to, 0, R, T)
+#define CALL_NESTED(R, T) integer64(layer, act, row, from, to, 1, R, T)
+#define CALL_44(R, T) integer44(layer, act, row, from, to, R, T)
 #define CALL_EXACT(R, T) \
     for (int r = 0; r < R; r++) exact64(layer, act, row + r, from, to + r * TOKENS, T)
 
 KERNEL(kernel_4, CALL_4)
 KERNEL(kernel_base, CALL_BASE)
 KERNEL(kernel_nested, CALL_NESTED)
-KERNEL(kernel_folded, CALL_FOLDED)
+KERNEL(kernel_44, CALL_44)
 KERNEL(kernel_exact, CALL_EXACT)
 
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
@@ -382,7 +456,7 @@ static void integer(const tq_layer *layer, const tq_activations *act, int64_t ro
     if (book->residual_bits == 0)
         (book->bits == 4 ? kernel_4 : kernel_base)(layer, act, row, rows, token, count, out);
     else
-        (book->bits + book->residual_bits == 8 ? kernel_folded : kernel_nested)(layer, act, row, rows, token, count, out);
+        (book->bits + book->residual_bits == 8 ? kernel_44 : kernel_nested)(layer, act, row, rows, token, count, out);
 }
 
 /* Bytes a and b of 64 integers, taken `step` apart. */
@@ -414,7 +488,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
                 act->correction + token * act->blocks);
     act->token_scale[token] *= nested ? 128.0 / book->unit : 1.0;
     int8_t *out = (int8_t *)act->values + token * 2 * columns;
-    if (book->bits == 4 && !nested)
+    if (book->bits == 4 && (!nested || book->residual_bits == 4))
         for (int64_t i = 0; i < columns; i += 128, out += 256) {
             split(q + i, 2, out, out + 128);
             split(q + i + 1, 2, out + 64, out + 192);

@@ -70,15 +70,16 @@ API void tq_codebook_init(tq_codebook *book, const float *levels, const float *c
     memset(book, 0, sizeof *book);
     book->bits = bits;
     book->residual_bits = residual_bits;
-    book->unit = 32767 / levels[count - 1];
+    book->unit = 16383 / levels[count - 1];
     for (int i = 0; i < count; i++) {
         const uint16_t half = half_of(levels[i]);
         book->level[i] = levels[i];
         book->half_high[i] = (uint8_t)(half >> 8);
         book->half_low[i] = (uint8_t)half;
-        const int up = (int)lrint(fabsf(levels[i]) * book->unit + 32767.5), integer = levels[i] > 0 ? up : 65535 - up;
-        book->high[i] = (uint8_t)(integer >> 8);
-        book->low[i] = (uint8_t)integer;
+        const int positive = (int)lrint(fabsf(levels[i]) * book->unit + 16447.5);
+        const int integer = levels[i] > 0 ? positive : 32895 - positive; /* both bytes are complements where the index is */
+        book->high[i] = (uint8_t)((integer - 64) >> 7);
+        book->low[i] = (uint8_t)(integer - 128 * book->high[i]);
         if (!residual_bits) book->base[i] = (uint8_t)(levels[i] + 127.5f);
     }
     if (residual_bits) fixed_point(coefficients, count, book);

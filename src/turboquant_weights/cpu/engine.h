@@ -25,7 +25,7 @@ typedef struct {
     float level[256];            /* ascending */
     uint8_t half_high[256];      /* the bytes of the levels as binary16, in which they are exact */
     uint8_t half_low[256];
-    uint8_t high[256], low[256]; /* level * unit = 256 high + low - 32767.5, rounded: complements at complementary indices */
+    uint8_t high[256], low[256]; /* level * unit = 128 (high - 127.5) + (low - 127.5), rounded; low is 64 to 191 */
     uint8_t base[16];            /* residual_bits = 0: level = base - 127.5, exactly */
     float unit;
     int16_t coefficient[5];      /* residual_bits > 0: the polynomial in 16-bit fixed point, for engines without wide tables */

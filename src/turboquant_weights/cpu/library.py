@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL | None:
     path = FOLDER / LIBRARY
     if not path.exists():
         warnings.warn(
-            "The CPU engine of turboquant-weights is not built: quantized layers compute with the PyTorch reference on CPUs: "
+            "The CPU engine of turboquant-weights is not built: on CPUs layers compute with the PyTorch reference, "
             "correct but many times slower. Install a C compiler (gcc or clang) and run "
             "`python -m turboquant_weights.cpu`, or install a wheel",
             stacklevel=2,

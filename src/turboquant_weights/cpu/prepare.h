@@ -113,7 +113,7 @@ static void to_integers(const float *x, int64_t blocks, int limit, int nested, f
         }
         scale[block] = largest / (float)limit;
         /* Integer levels are off by a constant, nested ones in both bytes: see the kernels. */
-        correction[block] = scale[block] * offset * (float)(nested ? 2 * sum + high : sum);
+        correction[block] = scale[block] * offset * (float)(nested ? sum + high : sum);
     }
 }
 
