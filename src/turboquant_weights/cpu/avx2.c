@@ -8,6 +8,8 @@
 
 #include <immintrin.h>
 
+#define TURBOQUANT_AVX2
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -345,7 +347,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
         }
 }
 
-const tq_engine tq_avx2 = {"avx2", 32, available, prepare, integer, kernel_exact, decode};
+const tq_engine tq_avx2 = {"avx2", 32, available, prepare, integer, kernel_exact, decode, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -9,6 +9,8 @@
 
 #include <immintrin.h>
 
+#define TURBOQUANT_AVX2
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))), apply_to = function)
 #else
@@ -16,9 +18,8 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,prefer-vector-width=512")
 #endif
 
-#include "prepare.h"
+#include "avx512.h"
 
-#define INLINE static inline __attribute__((always_inline))
 enum { LIMIT = 127 * 128 + 63 };
 enum { AHEAD = 4096 };       /* bytes that a plane is prefetched ahead: rows lie one behind the other */
 enum { LONG_ROW = 4096 };    /* bytes of a row from which four rows at once are faster: fewer loads of the activation */
@@ -29,50 +30,12 @@ static int available(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-/* How 64 fields of a plane are unpacked: each 8 fields' bytes go into a word of their own, from which every field is taken
- * `up` bits above the bottom of its byte. What stands around it is not cleared. */
-typedef struct {
-    __m512i gather, shift;
-    __mmask64 all, half;         /* bytes to read: of 64 columns, of the 32 that may be the last */
-    int width;
-} unpacking;
-
-INLINE unpacking unpacking_of(int width, int up)
-{
-    uint8_t gather[64], shift[64];
-    for (int i = 0; i < 64; i++) {
-        gather[i] = (uint8_t)((i / 8 * width + i % 8) & 63);
-        shift[i] = (uint8_t)((i % 8 * width - up) & 63);
-    }
-    return (unpacking){_mm512_loadu_si512(gather), _mm512_loadu_si512(shift), ((__mmask64)1 << 8 * width) - 1,
-                       ((__mmask64)1 << 4 * width) - 1, width};
-}
-
-INLINE __m512i unpack(const uint8_t *row, int64_t block, int64_t blocks, const unpacking *how)
-{
-    const __mmask64 there = blocks - block >= 2 ? how->all : how->half;
-    const __m512i raw = _mm512_maskz_loadu_epi8(there, row + 4 * how->width * block);
-    return _mm512_multishift_epi64_epi8(how->shift, _mm512_permutexvar_epi8(how->gather, raw));
-}
-
-INLINE __m512i select_bits(__m512i mask, __m512i set, __m512i clear) { return _mm512_ternarylogic_epi32(mask, set, clear, 0xca); }
-
-/* 16 scales of a row, times 2^-19; `left` are there. */
-INLINE __m512 scales16(const uint8_t *scales, int64_t left)
-{
-    const __mmask16 mask = left < 16 ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(mask, scales));
-    return _mm512_cvtph_ps(_mm256_slli_epi16(wide, 5));
-}
-
 /* Where the lanes of a chunk find their block's scale among 16: 128 / 16 or 64 / 16 columns per lane. */
 INLINE __m512i lane_blocks(int lanes_per_block)
 {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_srli_epi32(lane, lanes_per_block == 4 ? 2 : 3);
 }
-
-INLINE const uint8_t *row_of(const uint8_t *plane, int64_t stride, int64_t row) { return plane + row * stride; }
 
 /* -- base plane alone, 4 bits ------------------------------------------------------------------------------------------ */
 
@@ -143,51 +106,6 @@ INLINE void integer4(const tq_layer *layer, const tq_activations *act, int64_t r
 }
 
 /* -- every other pair of planes ---------------------------------------------------------------------------------------- */
-
-typedef struct {
-    unpacking codes, residual;
-    __m512i high[2], low[2];     /* 128 entries each */
-    __m512i residual_mask, mask; /* of an index */
-    int folds;
-} decoding;
-
-INLINE decoding decoding_of(const tq_codebook *book, const uint8_t *high, const uint8_t *low)
-{
-    decoding how;
-    const int rest = book->residual_bits, total = book->bits + rest;
-    how.codes = unpacking_of(book->bits, rest);
-    how.residual = unpacking_of(rest ? rest : 1, 0);
-    how.residual_mask = _mm512_set1_epi8((char)((1 << rest) - 1));
-    how.mask = _mm512_set1_epi8((char)((1 << total) - 1));
-    how.folds = total == 8;
-    for (int i = 0; i < 2; i++) {
-        how.high[i] = _mm512_loadu_si512(high + 64 * i);
-        how.low[i] = _mm512_loadu_si512(low + 64 * i);
-    }
-    return how;
-}
-
-/* 64 indices in the order of columns; residual may be NULL. */
-INLINE __m512i index64(const uint8_t *codes, const uint8_t *residual, int64_t block, int64_t blocks, const decoding *how)
-{
-    __m512i index = unpack(codes, block, blocks, &how->codes);
-    if (residual) index = select_bits(how->residual_mask, unpack(residual, block, blocks, &how->residual), index);
-    return _mm512_and_si512(index, how->mask);
-}
-
-/* Bytes of the levels; with 256 levels those of the upper half are complements. */
-INLINE void bytes64(__m512i index, const decoding *how, const int folds, __m512i *high, __m512i *low)
-{
-    if (folds) {
-        const __m512i upper = _mm512_movm_epi8(_mm512_movepi8_mask(index));
-        index = _mm512_xor_si512(index, upper);
-        *high = _mm512_xor_si512(_mm512_permutex2var_epi8(how->high[0], index, how->high[1]), upper);
-        *low = _mm512_xor_si512(_mm512_permutex2var_epi8(how->low[0], index, how->low[1]), upper);
-    } else {
-        *high = _mm512_permutex2var_epi8(how->high[0], index, how->high[1]);
-        *low = _mm512_permutex2var_epi8(how->low[0], index, how->low[1]);
-    }
-}
 
 /* (128 high + low) (128 a + b) = 128 (128 high a + high b + low a) + low b, and the last term is left out: it is 6e-5 of the
  * result, and unbiased because both bytes are centred. */
@@ -330,27 +248,6 @@ INLINE void integer44(const tq_layer *layer, const tq_activations *act, int64_t 
 
 /* -- float32 ----------------------------------------------------------------------------------------------------------- */
 
-/* 64 levels: columns 0-7 and 16-23, 8-15 and 24-31 of the first block, then of the second. */
-INLINE void levels64(__m512i index, const decoding *how, __m512 level[4])
-{
-    __m512i high, low;
-    if (how->folds) { /* the sign of a half is a bit of its own, not a complement */
-        const __m512i sign = _mm512_andnot_si512(index, _mm512_set1_epi8((char)0x80));
-        index = _mm512_xor_si512(index, _mm512_movm_epi8(_mm512_movepi8_mask(index)));
-        high = _mm512_and_si512(_mm512_permutex2var_epi8(how->high[0], index, how->high[1]), _mm512_set1_epi8(0x7f));
-        high = _mm512_or_si512(high, sign);
-        low = _mm512_permutex2var_epi8(how->low[0], index, how->low[1]);
-    } else {
-        high = _mm512_permutex2var_epi8(how->high[0], index, how->high[1]);
-        low = _mm512_permutex2var_epi8(how->low[0], index, how->low[1]);
-    }
-    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
-    level[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(first));
-    level[1] = _mm512_cvtph_ps(_mm512_castsi512_si256(second));
-    level[2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1));
-    level[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1));
-}
-
 INLINE void exact64(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out, const int T)
 {
     const tq_codebook *book = layer->book;
@@ -477,9 +374,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     rotate_token(layer, x, type, act->blocks, rotated, act->token_scale + token);
     if (act->exact) {
         float *out = (float *)act->values + token * columns;
-        static const uint8_t order[8] = {0, 2, 1, 3, 4, 6, 5, 7};
-        for (int64_t i = 0; i < columns; i += 64)
-            for (int group = 0; group < 8; group++) memcpy(out + i + 8 * group, rotated + i + 8 * order[group], 32);
+        for (int64_t i = 0; i < columns; i += 64) exact_order(rotated + i, out + i);
         return;
     }
     int16_t *q = (int16_t *)(rotated + columns);
@@ -497,7 +392,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
         for (int64_t i = 0; i < columns; i += 64, out += 128) split(q + i, 1, out, out + 64);
 }
 
-const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, kernel_exact, decode};
+const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, kernel_exact, decode, &tq_avx512_bf16};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -30,6 +30,7 @@ enum { ENGINES = sizeof engines / sizeof *engines };
 API const char *tq_engine_name(int i) { return i < ENGINES ? engines[i]->name : NULL; }
 API int tq_engine_available(int i) { return engines[i]->available(); }
 API int tq_engine_has_integer(int i) { return engines[i]->integer != NULL; }
+API int tq_engine_has_tiled(int i) { return engines[i]->tiled && engines[i]->tiled->available(); }
 API int tq_engine_step(int i) { return engines[i]->step; }
 API size_t tq_codebook_size(void) { return sizeof(tq_codebook); }
 API size_t tq_layer_size(void) { return sizeof(tq_layer); }
@@ -102,9 +103,13 @@ static void run(void (*function)(void *), void *data, int threads)
 
 /* -- y = x W^T + bias -------------------------------------------------------------------------------------------------- */
 
+enum { INTEGER = 0, EXACT = 1, TILED = 2 }; /* how tq_linear computes */
+
 typedef struct {
     const tq_engine *engine;
     const tq_layer *layer;
+    int mode;
+    tq_prepare *prepare;
     tq_activations act;
     const char *x;
     int64_t tokens, x_stride, grain;
@@ -120,8 +125,10 @@ static void prepare_share(void *data)
 {
     job *j = data;
     void *scratch = j->scratch + j->scratch_bytes * atomic_fetch_add(&j->next_scratch, 1);
-    for (int64_t t; (t = atomic_fetch_add(&j->next, 1)) < j->tokens;)
-        j->engine->prepare(j->layer, &j->act, j->x + t * j->x_stride, j->type, t, scratch);
+    /* 16 tokens at a time: in the tiled layout they share cache lines. */
+    for (int64_t first; (first = atomic_fetch_add(&j->next, 16)) < j->tokens;)
+        for (int64_t t = first; t < first + 16 && t < j->tokens; t++)
+            j->prepare(j->layer, &j->act, j->x + t * j->x_stride, j->type, t, scratch);
 }
 
 static uint16_t to_bfloat(float value)
@@ -155,28 +162,27 @@ static float value_of(const void *values, int type, int64_t i)
     return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
 }
 
-/* Sums [rows][TOKENS] of `count` tokens to results. */
-static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64_t count, const float *sums)
+/* Sums [rows][stride] of `count` tokens to results. */
+static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64_t count, const float *sums, int64_t stride)
 {
     const tq_layer *layer = j->layer;
+    double factor[ROWS];
+    float bias[ROWS] = {0}, value[ROWS];
+    for (int64_t i = 0; i < rows; i++) {
+        const uint64_t power = (uint64_t)(1023 + 19 + layer->exponents[row + i]) << 52; /* the bits of 2^(19 + exponent) */
+        memcpy(factor + i, &power, 8);
+        if (layer->bias) bias[i] = value_of(layer->bias, layer->bias_type, row + i);
+    }
     for (int64_t t = 0; t < count; t++) {
-        const double scale = j->act.token_scale[token + t] * 0x1p19;
+        const double scale = j->act.token_scale[token + t];
         const int64_t at = (token + t) * layer->rows + row;
-        for (int64_t i = 0; i < rows; i++) {
-            /* 2^exponent, as the bits of a double */
-            const uint64_t power = (uint64_t)(1023 + layer->exponents[row + i]) << 52;
-            double factor;
-            memcpy(&factor, &power, 8);
-            float value = (float)(sums[i * TOKENS + t] * (scale * factor));
-            if (layer->bias) {
-                const float bias = value_of(layer->bias, layer->bias_type, row + i);
-                value = (float)(sums[i * TOKENS + t] * (scale * factor) + bias);
-            }
-            if (j->type == FLOAT32)
-                ((float *)j->y)[at + i] = value;
-            else
-                ((uint16_t *)j->y)[at + i] = j->type == BFLOAT16 ? to_bfloat(value) : to_half(value);
-        }
+        for (int64_t i = 0; i < rows; i++) value[i] = (float)(sums[i * stride + t] * (scale * factor[i]) + bias[i]);
+        if (j->type == FLOAT32)
+            memcpy((float *)j->y + at, value, (size_t)rows * 4);
+        else if (j->type == BFLOAT16)
+            for (int64_t i = 0; i < rows; i++) ((uint16_t *)j->y)[at + i] = to_bfloat(value[i]);
+        else
+            for (int64_t i = 0; i < rows; i++) ((uint16_t *)j->y)[at + i] = to_half(value[i]);
     }
 }
 
@@ -190,8 +196,48 @@ static void multiply_share(void *data)
         for (int64_t token = 0; token < j->tokens; token += TOKENS) {
             const int64_t rest = j->tokens - token, count = rest < TOKENS ? rest : TOKENS;
             kernel(j->layer, &j->act, row, rows, token, count, sums);
-            finish(j, row, rows, token, count, sums);
+            finish(j, row, rows, token, count, sums, TOKENS);
         }
+    }
+}
+
+/* What finish does, for all tokens of a tile, along the tokens and in float32: 1 if every factor allows that.
+ * rounded is memory for a tile. */
+static int finish_tile(const job *j, int64_t row, int64_t rows, const float *sums, uint16_t *rounded)
+{
+    const int64_t tokens = j->tokens, stride = (tokens + 15) / 16 * 16;
+    const double *scale = j->act.token_scale;
+    int safe = j->type == BFLOAT16;
+    for (int64_t t = 0; t < tokens; t++) safe &= scale[t] > 0x1p-60 && scale[t] < 0x1p60;
+    for (int64_t i = 0; i < rows; i++) safe &= abs(j->layer->exponents[row + i]) < 60;
+    if (!safe) return 0;
+    for (int64_t first = 0; first < tokens; first += TILE_COLUMNS) {
+        const int64_t left = tokens - first, count = left < TILE_COLUMNS ? left : TILE_COLUMNS;
+        for (int64_t i = 0; i < rows; i++) {
+            const float factor = ldexpf(1.0f, 19 + j->layer->exponents[row + i]);
+            const float bias = j->layer->bias ? value_of(j->layer->bias, j->layer->bias_type, row + i) : 0;
+            const float *sum = sums + i * stride + first;
+            for (int64_t t = 0; t < count; t++)
+                rounded[i * count + t] = to_bfloat(sum[t] * ((float)scale[first + t] * factor) + bias);
+        }
+        for (int64_t t = 0; t < count; t++) {
+            uint16_t *out = (uint16_t *)j->y + (first + t) * j->layer->rows + row;
+            for (int64_t i = 0; i < rows; i++) out[i] = rounded[i * count + t];
+        }
+    }
+    return 1;
+}
+
+static void tile_share(void *data)
+{
+    job *j = data;
+    char *memory = j->scratch + j->scratch_bytes * atomic_fetch_add(&j->next_scratch, 1);
+    uint16_t *tile = (uint16_t *)memory;
+    float *sums = (float *)(memory + TILE_ROWS * TILE_COLUMNS * 2);
+    for (int64_t row; (row = atomic_fetch_add(&j->next, TILE_ROWS)) < j->layer->rows;) {
+        const int64_t left = j->layer->rows - row, rows = left < TILE_ROWS ? left : TILE_ROWS;
+        j->engine->tiled->multiply(j->layer, &j->act, row, rows, j->tokens, sums, tile);
+        if (!finish_tile(j, row, rows, sums, tile)) finish(j, row, rows, 0, j->tokens, sums, (j->tokens + 15) / 16 * 16);
     }
 }
 
@@ -200,10 +246,12 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 /* Places the activations of a job in one block of memory, which the caller frees. NULL: no memory. */
 static char *allocate(job *j, int threads)
 {
-    const int64_t m = j->tokens, blocks = (j->layer->blocks + 15) / 16 * 16, columns = blocks * BLOCK;
+    const int64_t m = j->mode == TILED ? (j->tokens + 63) / 64 * 64 : j->tokens, blocks = (j->layer->blocks + 15) / 16 * 16, columns = blocks * BLOCK;
     const int64_t scales = aligned(4 * m * blocks), factors = aligned(8 * m);
     const int64_t values = aligned((j->act.exact ? 4 : 2) * m * columns);
-    j->scratch_bytes = aligned(6 * columns);
+    const int64_t tiles = j->mode == TILED ? TILE_ROWS * (TILE_COLUMNS * 2 + m * 4) : 0, rotated = aligned(6 * columns);
+    j->scratch_bytes = aligned(tiles > rotated ? tiles : rotated);
+    j->prepare = j->mode == TILED ? j->engine->tiled->prepare : j->engine->prepare;
     char *memory = aligned_alloc(64, (size_t)(factors + 2 * scales + values + threads * j->scratch_bytes));
     if (!memory) return NULL;
     j->act.blocks = blocks;
@@ -224,11 +272,12 @@ static void prepare_all(job *j, int threads)
 }
 
 /* x [m, in_features] of `type`, rows x_stride bytes apart; y [m, rows] of the same type, contiguous. 0: done, 1: no memory. */
-API int tq_linear(int engine, const tq_layer *layer, int exact, const void *x, int64_t x_stride, void *y, int type, int64_t m,
+API int tq_linear(int engine, const tq_layer *layer, int mode, const void *x, int64_t x_stride, void *y, int type, int64_t m,
                   int threads)
 {
     job j = {.engine = engines[engine], .layer = layer, .x = x, .tokens = m, .x_stride = x_stride, .y = y, .type = type};
-    j.act.exact = exact || !j.engine->integer;
+    j.mode = mode == INTEGER && !j.engine->integer ? EXACT : mode;
+    j.act.exact = j.mode == EXACT;
     const double work = (double)m * (double)layer->rows * (double)layer->blocks * BLOCK;
     if (work < SERIAL_WORK) threads = 1;
     char *memory = allocate(&j, threads);
@@ -237,44 +286,39 @@ API int tq_linear(int engine, const tq_layer *layer, int exact, const void *x, i
     const int64_t row_bytes = 4 * layer->blocks * (layer->book->bits + layer->book->residual_bits);
     int64_t grain = layer->rows / (8 * threads), fits = SHARE_BYTES / row_bytes;
     grain = grain > fits ? fits : grain;
-    j.grain = grain > ROWS ? ROWS : grain < 2 ? 2 : grain / 2 * 2;
+    j.grain = grain > ROWS ? ROWS : grain < 4 ? 4 : grain / 4 * 4;
     atomic_init(&j.next, 0);
-    run(multiply_share, &j, threads);
+    atomic_init(&j.next_scratch, 0);
+    run(j.mode == TILED ? tile_share : multiply_share, &j, threads);
     free(memory);
     return 0;
 }
 
 /* -- for a BLAS: rotated activations and decoded rows in one order of columns --------------------------------------------- */
 
-static void store(const float *values, int64_t count, double scale, int type, void *out)
-{
-    if (type == FLOAT32)
-        for (int64_t i = 0; i < count; i++) ((float *)out)[i] = (float)(values[i] * scale);
-    else
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bfloat((float)(values[i] * scale));
-}
-
 /* Columns of one row of what tq_rotate and tq_decode write. */
-API int64_t tq_width(int engine, const tq_layer *layer)
+static int64_t width_of(int engine, const tq_layer *layer)
 {
     const int64_t step = engines[engine]->step;
     return (layer->blocks * BLOCK + step - 1) / step * step;
 }
 
-/* x as in tq_linear to out [m, width] of out_type, FLOAT32 or BFLOAT16, of magnitude about one whatever x is: the powers of
- * two that are missing go to factors [m]. 0: done, 1: no memory. */
-API int tq_rotate(int engine, const tq_layer *layer, const void *x, int64_t x_stride, int type, int64_t m, void *out,
-                  int out_type, float *factors, int threads)
+/* x as in tq_linear to out [m, width], of magnitude about one whatever x is: the powers of two that are missing go to
+ * factors [m]. 0: done, 1: no memory. */
+API int tq_rotate(int engine, const tq_layer *layer, const void *x, int64_t x_stride, int type, int64_t m, float *out,
+                  float *factors, int threads)
 {
     job j = {.engine = engines[engine], .layer = layer, .x = x, .tokens = m, .x_stride = x_stride, .type = type};
+    j.mode = EXACT;
     j.act.exact = 1;
     char *memory = allocate(&j, threads);
     if (!memory) return 1;
     prepare_all(&j, threads);
-    const int64_t width = tq_width(engine, layer), bytes = width * (out_type == FLOAT32 ? 4 : 2);
+    const int64_t width = width_of(engine, layer);
     const double root = sqrt((double)layer->rotation);
     for (int64_t t = 0; t < m; t++) {
-        store((float *)j.act.values + t * j.act.blocks * BLOCK, width, 1 / root, out_type, (char *)out + t * bytes);
+        const float *from = (const float *)j.act.values + t * j.act.blocks * BLOCK, scale = (float)(1 / root);
+        for (int64_t i = 0; i < width; i++) out[t * width + i] = from[i] * scale;
         factors[t] = (float)(j.act.token_scale[t] * root);
     }
     free(memory);
@@ -285,33 +329,25 @@ typedef struct {
     const tq_engine *engine;
     const tq_layer *layer;
     int64_t first, rows, width;
-    char *out;
-    int type;
+    float *out;
     atomic_llong next;
-    atomic_int failed;
 } decoding;
 
 static void decode_share(void *data)
 {
     decoding *d = data;
-    float *buffer = aligned_alloc(64, (size_t)aligned(4 * d->width));
-    if (!buffer) {
-        atomic_store(&d->failed, 1);
-        return;
-    }
-    const int64_t bytes = d->width * (d->type == FLOAT32 ? 4 : 2);
     for (int64_t row; (row = atomic_fetch_add(&d->next, 1)) < d->rows;) {
-        d->engine->decode(d->layer, d->first + row, 1, buffer, d->width);
-        store(buffer, d->width, ldexp(1.0, 19 + d->layer->exponents[d->first + row]), d->type, d->out + row * bytes);
+        float *out = d->out + row * d->width;
+        d->engine->decode(d->layer, d->first + row, 1, out, d->width);
+        const float scale = ldexpf(1.0f, 19 + d->layer->exponents[d->first + row]);
+        for (int64_t i = 0; i < d->width; i++) out[i] *= scale;
     }
-    free(buffer);
 }
 
-/* Rows [first, first + rows), rotated as they are stored, to out [rows, width] of out_type. 0: done, 1: no memory. */
-API int tq_decode_rows(int engine, const tq_layer *layer, int64_t first, int64_t rows, void *out, int out_type, int threads)
+/* Rows [first, first + rows), rotated as they are stored, to out [rows, width]. */
+API void tq_decode_rows(int engine, const tq_layer *layer, int64_t first, int64_t rows, float *out, int threads)
 {
-    decoding d = {.engine = engines[engine], .layer = layer, .first = first, .rows = rows, .width = tq_width(engine, layer),
-                  .out = out, .type = out_type};
+    decoding d = {.engine = engines[engine], .layer = layer, .first = first, .rows = rows, .width = width_of(engine, layer),
+                  .out = out};
     run(decode_share, &d, threads);
-    return atomic_load(&d.failed);
 }

@@ -16,7 +16,7 @@
 
 #include <stdint.h>
 
-enum { BLOCK = 32, SUPERBLOCK = 16 * BLOCK, TOKENS = 4 };
+enum { BLOCK = 32, TOKENS = 4, TILE_ROWS = 48, TILE_COLUMNS = 1024 };
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 /* Tables of one pair of planes; made by tq_codebook_init. T = bits + residual bits. */
@@ -45,7 +45,7 @@ typedef struct {
     int32_t bias_type;
 } tq_layer;
 
-/* Rotated activations. Columns are padded with zeros to whole superblocks, the arrays are aligned to 64 bytes. */
+/* Rotated activations. Columns are padded with zeros to 16 blocks, the arrays are aligned to 64 bytes. */
 typedef struct {
     int64_t blocks;              /* a multiple of 16 */
     int32_t exact;
@@ -66,6 +66,15 @@ typedef void tq_kernel(const tq_layer *, const tq_activations *, int64_t row, in
 /* Levels times scales (times 2^-19) of rows [row, row + rows), in the order of the exact activations. */
 typedef void tq_decode(const tq_layer *, int64_t row, int64_t rows, float *out, int64_t stride);
 
+/* A product of many tokens in bfloat16: sums [TILE_ROWS][tokens rounded up to 16] of at most TILE_ROWS rows; tile holds
+ * TILE_ROWS * TILE_COLUMNS numbers. The activations have a layout of their own, blocks of 64 tokens. */
+typedef struct {
+    int (*available)(void);
+    tq_prepare *prepare;
+    void (*multiply)(const tq_layer *, const tq_activations *, int64_t row, int64_t rows, int64_t tokens, float *sums,
+                     uint16_t *tile);
+} tq_tiled;
+
 typedef struct {
     const char *name;
     int step;                    /* columns decoded at a time: decode writes whole steps */
@@ -74,8 +83,10 @@ typedef struct {
     tq_kernel *integer;          /* NULL: this engine is always exact */
     tq_kernel *exact;
     tq_decode *decode;
+    const tq_tiled *tiled;       /* NULL, or a product of many tokens that not every such processor has */
 } tq_engine;
 
 extern const tq_engine tq_portable, tq_avx2, tq_avx512, tq_neon;
+extern const tq_tiled tq_avx512_bf16;
 
 #endif

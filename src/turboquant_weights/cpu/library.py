@@ -39,20 +39,22 @@ class Engine(NamedTuple):
     name: str
     step: int  # columns it decodes at a time
     has_integer: bool
+    has_tiled: bool  # a bfloat16 product of many tokens
 
 
 _FUNCTIONS = {  # name: result, arguments
     "tq_engine_name": (ctypes.c_char_p, (c_int,)),
     "tq_engine_available": (c_int, (c_int,)),
     "tq_engine_has_integer": (c_int, (c_int,)),
+    "tq_engine_has_tiled": (c_int, (c_int,)),
     "tq_engine_step": (c_int, (c_int,)),
     "tq_codebook_size": (ctypes.c_size_t, ()),
     "tq_layer_size": (ctypes.c_size_t, ()),
     "tq_codebook_init": (None, (c_void_p, c_void_p, c_void_p, c_int, c_int)),
     "tq_set_parallel": (None, (c_void_p,)),
     "tq_linear": (c_int, (c_int, c_void_p, c_int, c_void_p, c_int64, c_void_p, c_int, c_int64, c_int)),
-    "tq_rotate": (c_int, (c_int, c_void_p, c_void_p, c_int64, c_int, c_int64, c_void_p, c_int, c_void_p, c_int)),
-    "tq_decode_rows": (c_int, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int)),
+    "tq_rotate": (c_int, (c_int, c_void_p, c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_int)),
+    "tq_decode_rows": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),
 }
 
 
@@ -101,7 +103,8 @@ def engines() -> tuple[Engine, ...]:
     index = 0
     while c is not None and (name := c.tq_engine_name(index)) is not None:
         if c.tq_engine_available(index):
-            found.append(Engine(index, name.decode(), c.tq_engine_step(index), bool(c.tq_engine_has_integer(index))))
+            integer, tiled = bool(c.tq_engine_has_integer(index)), bool(c.tq_engine_has_tiled(index))
+            found.append(Engine(index, name.decode(), c.tq_engine_step(index), integer, tiled))
         index += 1
     return tuple(found)
 

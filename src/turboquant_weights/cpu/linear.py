@@ -20,7 +20,10 @@ from ..rotation import SCALE_BLOCK, keeps_precision, padded_features, rotation_b
 from .library import TYPES, Engine, Layer, always_exact, chosen, library
 
 DTYPES = tuple(TYPES)
-# Tokens from which rows are decoded once into a tile and multiplied by PyTorch's BLAS.
+_INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
+# Tokens from which rows are decoded once into a tile: for the engine's own bfloat16 product, where it has one, or for
+# PyTorch's BLAS in float32.
+_TILED_TOKENS = 24
 _BLAS_TOKENS = 32
 _TILE_BYTES = 1 << 20
 
@@ -146,19 +149,22 @@ def linear(
         flat = flat.contiguous()
     out = torch.empty((*x.shape[:-1], layer.rows), dtype=x.dtype)
     tokens = flat.shape[0]
-    if tokens >= _BLAS_TOKENS:
-        _with_blas(flat, layer, out.view(tokens, layer.rows), kept[-1], engine, exact)
+    tiled = engine.has_tiled and x.dtype == torch.bfloat16 and not exact
+    if tiled and tokens >= _TILED_TOKENS:
+        multiply(flat, layer, out, engine, _TILED)
+    elif tokens >= _BLAS_TOKENS and not tiled:
+        _with_blas(flat, layer, out.view(tokens, layer.rows), kept[-1], engine)
     elif out.numel():
-        multiply(flat, layer, out, engine, exact)
+        multiply(flat, layer, out, engine, _EXACT if exact else _INTEGER)
     return out
 
 
-def multiply(flat: Tensor, layer: Layer, out: Tensor, engine: Engine, exact: bool) -> None:
-    """Few tokens: the engine's own product, planes decoded in registers."""
+def multiply(flat: Tensor, layer: Layer, out: Tensor, engine: Engine, mode: int) -> None:
+    """The engine's own products."""
     c = library()
     assert c is not None
     failed = c.tq_linear(
-        engine.index, ctypes.addressof(layer), exact, flat.data_ptr(), flat.stride(0) * flat.element_size(), out.data_ptr(),
+        engine.index, ctypes.addressof(layer), mode, flat.data_ptr(), flat.stride(0) * flat.element_size(), out.data_ptr(),
         TYPES[out.dtype], flat.shape[0], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -166,31 +172,26 @@ def multiply(flat: Tensor, layer: Layer, out: Tensor, engine: Engine, exact: boo
 
 
 @keeps_precision
-def _with_blas(flat: Tensor, layer: Layer, out: Tensor, bias: Tensor | None, engine: Engine, exact: bool) -> Tensor:
-    """Many tokens: rows are decoded once into a tile that stays in the cache, and PyTorch's BLAS multiplies it.
-
-    bfloat16 is multiplied in bfloat16, as a dense layer would; float16, for which CPUs have no fast product, in float32.
-    """
+def _with_blas(flat: Tensor, layer: Layer, out: Tensor, bias: Tensor | None, engine: Engine) -> Tensor:
+    """Many tokens: rows are decoded once into a float32 tile that stays in the cache, and PyTorch's BLAS multiplies it."""
     c = library()
     assert c is not None
-    dtype = torch.bfloat16 if flat.dtype == torch.bfloat16 and not exact else torch.float32
     threads, address = torch.get_num_threads(), ctypes.addressof(layer)
     width = -(-layer.blocks * SCALE_BLOCK // engine.step) * engine.step
-    rotated = torch.empty((flat.shape[0], width), dtype=dtype)
-    factors = torch.empty((flat.shape[0], 1))
+    rotated, factors = torch.empty((flat.shape[0], width)), torch.empty((flat.shape[0], 1))
     failed = c.tq_rotate(
         engine.index, address, flat.data_ptr(), flat.stride(0) * flat.element_size(), TYPES[flat.dtype], flat.shape[0],
-        rotated.data_ptr(), TYPES[dtype], factors.data_ptr(), threads,
+        rotated.data_ptr(), factors.data_ptr(), threads,
     )  # fmt: skip
-    step = max(64, _TILE_BYTES // (width * dtype.itemsize))
-    tile = torch.empty((min(step, layer.rows), width), dtype=dtype)
+    if failed:
+        raise MemoryError("no memory for the rotated activations")
+    step = max(64, _TILE_BYTES // (4 * width))
+    tile = torch.empty((min(step, layer.rows), width))
     for start in range(0, layer.rows, step):
         rows = min(step, layer.rows - start)
-        failed |= c.tq_decode_rows(engine.index, address, start, rows, tile.data_ptr(), TYPES[dtype], threads)
+        c.tq_decode_rows(engine.index, address, start, rows, tile.data_ptr(), threads)
         part = torch.mm(rotated, tile[:rows].T) * factors
         if bias is not None:
             part += bias[start : start + rows]
         out[:, start : start + rows] = part
-    if failed:
-        raise MemoryError("no memory for the rotated activations")
     return out

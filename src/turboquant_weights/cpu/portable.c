@@ -66,4 +66,4 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     rotate_token(layer, x, type, act->blocks, (float *)act->values + token * act->blocks * BLOCK, act->token_scale + token);
 }
 
-const tq_engine tq_portable = {"portable", 32, available, prepare, NULL, exact, decode};
+const tq_engine tq_portable = {"portable", 32, available, prepare, NULL, exact, decode, NULL};

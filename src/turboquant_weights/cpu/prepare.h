@@ -54,17 +54,29 @@ static uint32_t largest_magnitude(const float *x, int64_t count)
     return largest; /* as bits, among which NaN is the largest */
 }
 
+/* The butterflies within 8 neighbours; the rest vectorises by itself. */
+static inline void hadamard8(float *v)
+{
+#if defined(TURBOQUANT_AVX2)
+    const __m256 s1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), s2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+    __m256 x = _mm256_loadu_ps(v);
+    x = _mm256_fmadd_ps(x, s1, _mm256_permute_ps(x, 0xb1));
+    x = _mm256_fmadd_ps(x, s2, _mm256_permute_ps(x, 0x4e));
+    const __m256 low = _mm256_permute2f128_ps(x, x, 0x00), high = _mm256_permute2f128_ps(x, x, 0x11);
+    _mm256_storeu_ps(v, _mm256_fmadd_ps(high, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), low));
+#else
+    const float a0 = v[0] + v[1], a1 = v[0] - v[1], a2 = v[2] + v[3], a3 = v[2] - v[3];
+    const float a4 = v[4] + v[5], a5 = v[4] - v[5], a6 = v[6] + v[7], a7 = v[6] - v[7];
+    const float b0 = a0 + a2, b1 = a1 + a3, b2 = a0 - a2, b3 = a1 - a3;
+    const float b4 = a4 + a6, b5 = a5 + a7, b6 = a4 - a6, b7 = a5 - a7;
+    v[0] = b0 + b4, v[1] = b1 + b5, v[2] = b2 + b6, v[3] = b3 + b7;
+    v[4] = b0 - b4, v[5] = b1 - b5, v[6] = b2 - b6, v[7] = b3 - b7;
+#endif
+}
+
 static void hadamard(float *x, int block)
 {
-    for (int i = 0; i < block; i += 8) {
-        float *v = x + i;
-        const float a0 = v[0] + v[1], a1 = v[0] - v[1], a2 = v[2] + v[3], a3 = v[2] - v[3];
-        const float a4 = v[4] + v[5], a5 = v[4] - v[5], a6 = v[6] + v[7], a7 = v[6] - v[7];
-        const float b0 = a0 + a2, b1 = a1 + a3, b2 = a0 - a2, b3 = a1 - a3;
-        const float b4 = a4 + a6, b5 = a5 + a7, b6 = a4 - a6, b7 = a5 - a7;
-        v[0] = b0 + b4, v[1] = b1 + b5, v[2] = b2 + b6, v[3] = b3 + b7;
-        v[4] = b0 - b4, v[5] = b1 - b5, v[6] = b2 - b6, v[7] = b3 - b7;
-    }
+    for (int i = 0; i < block; i += 8) hadamard8(x + i);
     for (int half = 8; half < block; half *= 2)
         for (int i = 0; i < block; i += 2 * half)
             for (int j = i; j < i + half; j++) {

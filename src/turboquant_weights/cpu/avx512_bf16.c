@@ -1,0 +1,162 @@
+/* Many tokens at once on processors with AVX512_BF16: rows are decoded to bfloat16 once per tile and multiplied with
+ * `vdpbf16ps`, tokens in the lanes and pairs of columns broadcast, so that a decoded row needs no second layout.
+ *
+ * Levels times scales are rounded to bfloat16 and so is the rotated activation, as in the reference; sums are float32.
+ */
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#define TURBOQUANT_AVX2
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,prefer-vector-width=512")
+#endif
+
+#include "avx512.h"
+
+enum { STRIP = 6 }; /* rows of the inner kernel: 6 x 4 accumulators */
+
+static int available(void) { return tq_avx512.available() && __builtin_cpu_supports("avx512bf16"); }
+
+/* Token t of the activation: pairs of columns [pair][t % 64] of 32 bits in the block of 64 tokens that t belongs to. */
+static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
+{
+    const int64_t columns = act->blocks * BLOCK;
+    float *rotated = scratch;
+    rotate_token(layer, x, type, act->blocks, rotated, act->token_scale + token);
+    uint32_t *out = (uint32_t *)act->values + token / 64 * 32 * columns + token % 64;
+    for (int64_t i = 0; i < columns; i += 64) {
+        float ordered[64];
+        uint32_t pairs[32];
+        if (layer->book->residual_bits)
+            exact_order(rotated + i, ordered);
+        else
+            memcpy(ordered, rotated + i, sizeof ordered);
+        for (int half = 0; half < 2; half++) {
+            const __m512 low = _mm512_loadu_ps(ordered + 32 * half), high = _mm512_loadu_ps(ordered + 32 * half + 16);
+            _mm512_storeu_si512(pairs + 16 * half, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+        for (int pair = 0; pair < 32; pair++) out[(i / 2 + pair) * 64] = pairs[pair];
+    }
+}
+
+/* Columns of blocks [block, end) of one row, rounded to bfloat16. With 16 levels at most, the levels are multiplied with the
+ * two scales of 64 columns before they are looked up. */
+INLINE void decode_base_row(const tq_layer *layer, const decoding *how, int64_t row, int64_t block, int64_t end, uint16_t *out)
+{
+    const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
+    const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
+    const __m512 levels = _mm512_loadu_ps(layer->book->level);
+    for (; block < end; block += 16) {
+        const __m512 own = scales16(scales + block, layer->blocks - block);
+        const int64_t last = block + 16 < end ? block + 16 : end;
+        __m512i lane = _mm512_setzero_si512();
+        for (int64_t at = block; at < last; at += 2, out += 64) {
+            const __m512 first = _mm512_mul_ps(levels, _mm512_permutexvar_ps(lane, own));
+            const __m512 second = _mm512_mul_ps(levels, _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(1)), own));
+            const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+            const __m512i index = index64(codes, NULL, at, layer->blocks, how);
+            const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(index));
+            const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(index, 1));
+            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(low, table));
+            _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(_mm512_or_si512(high, _mm512_set1_epi16(16)), table));
+            lane = _mm512_add_epi32(lane, _mm512_set1_epi32(2));
+        }
+    }
+}
+
+INLINE void decode_row(const tq_layer *layer, const decoding *how, int64_t row, int64_t block, int64_t end, uint16_t *out)
+{
+    const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
+    const uint8_t *residual = layer->book->residual_bits ? row_of(layer->residual, layer->residual_stride, row) : NULL;
+    const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
+    for (; block < end; block += 16) {
+        const __m512 own = scales16(scales + block, layer->blocks - block);
+        const int64_t last = block + 16 < end ? block + 16 : end;
+        for (int64_t at = block; at < last; at += 2, out += 64) {
+            const __m512 first = _mm512_permutexvar_ps(_mm512_set1_epi32((int)(at - block)), own);
+            const __m512 second = _mm512_permutexvar_ps(_mm512_set1_epi32((int)(at - block) + 1), own);
+            __m512 level[4];
+            levels64(index64(codes, residual, at, layer->blocks, how), how, level);
+            const __m512bh one = _mm512_cvtne2ps_pbh(_mm512_mul_ps(level[1], first), _mm512_mul_ps(level[0], first));
+            const __m512bh two = _mm512_cvtne2ps_pbh(_mm512_mul_ps(level[3], second), _mm512_mul_ps(level[2], second));
+            _mm512_storeu_si512(out, (__m512i)one);
+            _mm512_storeu_si512(out + 32, (__m512i)two);
+        }
+    }
+}
+
+/* sums [STRIP][stride] += weights [STRIP][width] times x [pairs][64], for 16 V tokens. */
+INLINE void inner(const uint16_t *weights, int64_t width, const uint32_t *x, int64_t pairs, float *sums, int64_t stride,
+                  const int V)
+{
+    __m512 sum[STRIP][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < STRIP; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = _mm512_loadu_ps(sums + r * stride + 16 * v);
+    for (int64_t pair = 0; pair < pairs; pair++, x += 64) {
+        __m512bh token[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) _mm_prefetch((const char *)(x + 16 * v + 512), _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) token[v] = (__m512bh)_mm512_load_si512(x + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < STRIP; r++) {
+            int32_t two;
+            memcpy(&two, weights + r * width + 2 * pair, 4);
+            const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], token[v], weight);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < STRIP; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + r * stride + 16 * v, sum[r][v]);
+}
+
+static void multiply(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t tokens, float *sums,
+                     uint16_t *tile)
+{
+    const tq_codebook *book = layer->book;
+    const decoding how = decoding_of(book, book->half_high, book->half_low);
+    const int64_t stride = (tokens + 15) / 16 * 16, columns = act->blocks * BLOCK;
+    memset(sums, 0, (size_t)(TILE_ROWS * stride) * 4);
+    for (int64_t block = 0; block < layer->blocks; block += TILE_COLUMNS / BLOCK) {
+        const int64_t rest = layer->blocks - block;
+        const int64_t end = rest < TILE_COLUMNS / BLOCK ? layer->blocks : block + TILE_COLUMNS / BLOCK;
+        const int64_t pairs = (end - block + 1) / 2 * 32; /* whole steps of 64 columns */
+        for (int64_t r = 0; r < rows; r++)
+            if (book->residual_bits)
+                decode_row(layer, &how, row + r, block, end, tile + r * TILE_COLUMNS);
+            else
+                decode_base_row(layer, &how, row + r, block, end, tile + r * TILE_COLUMNS);
+        for (int64_t first = 0; first < tokens; first += 64) {
+            const uint32_t *x = (const uint32_t *)act->values + first / 64 * 32 * columns + block * (BLOCK / 2) * 64;
+            const int64_t left = (tokens - first + 15) / 16;
+            for (int64_t r = 0; r < rows; r += STRIP) { /* the last strip may reach below: those sums are ignored */
+                const uint16_t *weights = tile + r * TILE_COLUMNS;
+                float *to = sums + r * stride + first;
+                if (left >= 4) inner(weights, TILE_COLUMNS, x, pairs, to, stride, 4);
+                else if (left == 3) inner(weights, TILE_COLUMNS, x, pairs, to, stride, 3);
+                else if (left == 2) inner(weights, TILE_COLUMNS, x, pairs, to, stride, 2);
+                else inner(weights, TILE_COLUMNS, x, pairs, to, stride, 1);
+            }
+        }
+    }
+}
+
+const tq_tiled tq_avx512_bf16 = {available, prepare, multiply};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
