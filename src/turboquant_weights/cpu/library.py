@@ -35,7 +35,7 @@ class Layer(ctypes.Structure):
 class Engine(NamedTuple):
     """One engine of the library that this processor can run."""
 
-    index: int
+    number: int
     name: str
     step: int  # columns it decodes at a time
     has_integer: bool

@@ -174,7 +174,7 @@ def linear(
     c = library()
     assert c is not None
     failed = c.tq_linear(
-        engine.index, described.address, mode, flat.data_ptr(), stride * flat.element_size(), out.data_ptr(), TYPES[dtype],
+        engine.number, described.address, mode, flat.data_ptr(), stride * flat.element_size(), out.data_ptr(), TYPES[dtype],
         tokens, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -192,7 +192,7 @@ def _with_blas(flat: Tensor, described: _Described, result: Tensor, engine: Engi
     width = -(-layer.blocks * SCALE_BLOCK // engine.step) * engine.step
     rotated, factors = torch.empty((flat.shape[0], width)), torch.empty((flat.shape[0], 1))
     failed = c.tq_rotate(
-        engine.index, address, flat.data_ptr(), flat.stride(0) * flat.element_size(), TYPES[flat.dtype], flat.shape[0],
+        engine.number, address, flat.data_ptr(), flat.stride(0) * flat.element_size(), TYPES[flat.dtype], flat.shape[0],
         rotated.data_ptr(), factors.data_ptr(), threads,
     )  # fmt: skip
     if failed:
@@ -201,7 +201,7 @@ def _with_blas(flat: Tensor, described: _Described, result: Tensor, engine: Engi
     tile = torch.empty((min(step, layer.rows), width))
     for start in range(0, layer.rows, step):
         rows = min(step, layer.rows - start)
-        c.tq_decode_rows(engine.index, address, start, rows, tile.data_ptr(), threads)
+        c.tq_decode_rows(engine.number, address, start, rows, tile.data_ptr(), threads)
         part = torch.mm(rotated, tile[:rows].T) * factors
         if bias is not None:
             part += bias[start : start + rows]
