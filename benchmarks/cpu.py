@@ -80,7 +80,7 @@ def measure(rows: int, columns: int, tokens: tuple[int, ...], seconds: float) ->
     scales = torch.ones(columns // 32, rows, 2, dtype=torch.bfloat16)
     for m in tokens:
         x = torch.randn(m, columns, dtype=torch.bfloat16)
-        calls = [lambda w=w, x=x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales) for w in packed]
+        calls = [lambda w=w, x=x, s=scales: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, s) for w in packed]
         cells[m]["ms"]["aten int4"] = median_ms(calls, seconds)
     del packed
     for residual_bits in (0, 4):
@@ -91,7 +91,7 @@ def measure(rows: int, columns: int, tokens: tuple[int, ...], seconds: float) ->
             for dtype, label in ((torch.bfloat16, ""), (torch.float32, " fp32")):
                 for m in tokens[:1] if engine.name == "portable" else tokens:
                     x = torch.randn(m, columns, dtype=dtype)
-                    calls = [lambda p=p, x=x, e=engine: linear(x, p, None, columns, **layout, engine=e) for p in planes]
+                    calls = [lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in planes]
                     name = f"{'4+4' if residual_bits else '4'} {engine.name}{label}"
                     cells[m]["ms"][name] = median_ms(calls, seconds)
     for cell in cells.values():
@@ -101,7 +101,8 @@ def measure(rows: int, columns: int, tokens: tuple[int, ...], seconds: float) ->
 
 
 def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return dict(date=datetime.date.today().isoformat(), cpu=model or platform.processor(), torch=torch.__version__)
 
 
