@@ -46,7 +46,7 @@ from peers import PEERS, Peer
 from torch import Tensor, nn
 
 import turboquant_weights
-from turboquant_weights import TurboQuantConfig, quantize_model
+from turboquant_weights import Calibration, TurboQuantConfig, quantize_model
 from turboquant_weights.calibration import calibration_text
 from turboquant_weights.evaluation import evaluate, noise_floor, text_windows
 from turboquant_weights.integrations.transformers import load_dense
@@ -116,9 +116,9 @@ class _Hook:
         self.handle.remove()
 
 
-def our_rows(tokenizer: object) -> dict[str, tuple[dict[str, int], dict[str, object]]]:
+def our_rows(tokenizer: object, calibration: Calibration) -> dict[str, tuple[dict[str, int], dict[str, object]]]:
     """Row name -> arguments of TurboQuantConfig and of quantize_model."""
-    calibrated = {"calibration": calibration_text(), "tokenizer": tokenizer}
+    calibrated = {"calibration": calibration, "tokenizer": tokenizer}
     rows: dict[str, tuple[dict[str, int], dict[str, object]]] = {f"ours {s}": (_bits(s), {}) for s in DATA_FREE}
     rows |= {f"ours {s}, calibrated": (_bits(s), calibrated) for s in CALIBRATED}
     rows |= {f"ours {r}x whole file": ({}, calibrated | {"target_ratio": r}) for r in WHOLE_FILE}
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer to use instead of the GGUF's (Gemma before 5.20)")
     parser.add_argument("--windows", type=int, default=32, help="windows of each text")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--calibration-windows", type=int, default=128, help="windows that calibrated peers read")
+    parser.add_argument("--calibration-windows", type=int, default=128, help="windows that calibrated rows read")
     parser.add_argument("--seeds", type=int, default=3, help="number of rotation seeds of our rows")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file, after every row")
@@ -209,7 +209,10 @@ def main() -> None:
     model = model.eval().to(args.device)
     if args.tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    peers, ours = PEERS | llama_cpp_rows(args.gguf), our_rows(tokenizer)
+    peers, ours = (
+        PEERS | llama_cpp_rows(args.gguf),
+        our_rows(tokenizer, Calibration(samples=args.calibration_windows, sample_length=args.length)),
+    )
     chosen = [n for n in (*peers, *ours) if any(fnmatch.fnmatchcase(n, pattern) for pattern in args.rows)]
     if args.list or not chosen:
         print(*(chosen or (*peers, *ours)), sep="\n")
