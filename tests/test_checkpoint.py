@@ -87,11 +87,35 @@ def test_info_of_a_good_checkpoint(tmp_path, bits, residual_bits, sharded):
 def test_info_of_a_mixed_checkpoint(tmp_path, sharded):
     info = validate(tiny_checkpoint.write(tmp_path, sharded=sharded, mixed=True))
     assert info.config == tiny_checkpoint.config(mixed=True)
-    assert {layer.name: layer.label for layer in info.layers} == {"model.attn": "4+2", "model.mlp": "3+1"}
+    assert {layer.name: (layer.kind, layer.label) for layer in info.layers} == {
+        "model.attn": ("linear", "4+2"),
+        "model.embed": ("embedding", "2+2"),
+        "model.mlp": ("linear", "3+1"),
+    }
+    assert info.layers[1].nbytes == 6 * (16 + 1 + 1)
+    assert [tensor.name for tensor in info.others] == ["model.norm.weight"]
     write_manifest(tmp_path)
     verify(tmp_path)
     edit_json(tmp_path / "config.json", lambda c: c["quantization_config"].pop("layer_bits"))
     rejects(tmp_path, "model.mlp.codes", "with 4+2 bits")
+
+
+@pytest.mark.parametrize(
+    ("edit", "texts"),
+    [
+        (lambda c: c.pop("embeddings"), ("model.embed.codes", "with 4+2 bits")),
+        (lambda c: c["embeddings"].update({"model.embed": [2, 1]}), ("model.embed.residual", "with 2+1 bits")),
+        (lambda c: c["embeddings"].update({"model.*": [2, 2]}), ("embeddings has 'model.*'", "only exact names")),
+        (lambda c: c["embeddings"].update({"model.mlp": [3, 1]}), ("'model.mlp'", "under layer_bits and under embeddings")),
+        (lambda c: c["embeddings"].update({"model.mlp": [3, 1]}) or c.pop("layer_bits"), ("model.mlp.bias", "has no bias")),
+        (lambda c: c["embeddings"].update({"model.embed": 4}), ("embeddings['model.embed'] is 4",)),
+        (lambda c: c.update(skip=["model.embed"]), ("'model.embed'", "one or the other")),
+    ],
+)
+def test_rules_for_embeddings(tmp_path, edit, texts):
+    tiny_checkpoint.write(tmp_path, mixed=True)
+    edit_json(tmp_path / "config.json", lambda c: edit(c["quantization_config"]))
+    rejects(tmp_path, *texts)
 
 
 def test_header_offsets_are_where_the_bytes_are(folder):

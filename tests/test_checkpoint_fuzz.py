@@ -65,7 +65,9 @@ def change_json(content, rng):
             elif action == "delete":
                 del node[key]
             elif action == "rename":
-                node[rng.choice(["model.attn.codes", "model.x.scales", "codes", "", "bits", key + "x"])] = node.pop(key)
+                node[rng.choice(["model.attn.codes", "model.x.scales", "codes", "", "bits", "model.embed", key + "x"])] = (
+                    node.pop(key)
+                )
             elif action == "exchange":
                 other, other_key = rng.choice(places)
                 node[key], other[other_key] = other[other_key], node[key]
@@ -131,11 +133,14 @@ def assert_intact(folder, info):
     planes = ("codes", "residual", "scales", "exponents")
     layers = {key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in planes}
     layer_bits = config.get("layer_bits") or {}
-    assert set(layer_bits) <= layers
+    embeddings = config.get("embeddings") or {}
+    assert set(layer_bits) | set(embeddings) <= layers
+    assert not set(layer_bits) & set(embeddings)
     assert sorted(layers) == [layer.name for layer in info.layers] != []
     for layer in layers:
         assert layer not in config["skip"]
-        bits, residual_bits = layer_bits.get(layer, (config["bits"], config["residual_bits"]))
+        assert f"{layer}.bias" not in found or layer not in embeddings
+        bits, residual_bits = {**layer_bits, **embeddings}.get(layer, (config["bits"], config["residual_bits"]))
         widths = {"codes": bits, "residual": residual_bits}
         rows, blocks = found[f"{layer}.scales"].get_shape()
         expected = {"scales": ("U8", [rows, blocks]), "exponents": ("I8", [rows])}

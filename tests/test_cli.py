@@ -100,6 +100,23 @@ def test_bits_per_layer(cli, dense, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_quantized_embedding(cli, dense, tmp_path):
+    code, out, err = cli("quantize", dense, tmp_path / "out", "--embedding-bits", "4+2")
+    assert code == 0, err
+    assert "model.embed_tokens at 4+2" in out
+    assert "shares the planes of model.embed_tokens: lm_head" in out
+    code, out, _ = cli("inspect", tmp_path / "out", "--reference", dense)
+    assert (code, "model.embed_tokens (embedding)" in out) == (0, True)
+    code, out, _ = cli("inspect", tmp_path / "out", "--json")
+    first = json.loads(out)["layers"][0]
+    assert (first["name"], first["kind"], first["label"]) == ("model.embed_tokens", "embedding", "4+2")
+    assert cli("verify", tmp_path / "out")[0] == 0
+    code, out, err = cli("generate", tmp_path / "out", "ab", "--max-new-tokens", 2)
+    assert (code, out.startswith("ab")) == (0, True), err
+    code, _, err = cli("quantize", dense, tmp_path / "no", "--embedding-bits", "four")
+    assert (code, "--embedding-bits has the bits 'four'" in err) == (1, True)
+
+
 def test_inspect_and_verify(cli, checkpoint):
     code, out, _ = cli("inspect", checkpoint)
     assert code == 0

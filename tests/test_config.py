@@ -39,6 +39,19 @@ def test_base_only():
     assert base.layer_bits == {"*.q": (4, 0), "a.*": (3, 0), "a.q": (2, 0)}
 
 
+def test_embeddings_have_bits_by_name_and_no_default():
+    config = TurboQuantConfig(layer_bits={"*": (2, 0)}, embeddings={"*.embed": (4, 2), "wte": (3, 1)})
+    assert config.for_embedding("wpe") is None
+    assert config.for_embedding("a.embed") == TurboQuantConfig(bits=4, residual_bits=2)
+    assert config.for_layer("a.embed") == TurboQuantConfig(bits=2)
+    assert config.base_only().embeddings == {"*.embed": (4, 0), "wte": (3, 0)}
+    assert config.to_dict()["embeddings"] == {"*.embed": [4, 2], "wte": [3, 1]}
+    exact = config.exact(["q"], skip=[], embeddings={"wte": (3, 1)})
+    assert exact == TurboQuantConfig(bits=2, skip=(), embeddings={"wte": (3, 1)})
+    with pytest.raises(ConfigError, match=r"embeddings\['wte'\]: bits is 8"):
+        TurboQuantConfig(embeddings={"wte": (8, 0)})
+
+
 def test_immutable_hashable_and_stored():
     same = TurboQuantConfig.from_dict(json.loads(json.dumps(MIXED.to_dict())))
     for other in (same, copy.deepcopy(MIXED), pickle.loads(pickle.dumps(MIXED))):

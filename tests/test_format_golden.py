@@ -13,7 +13,7 @@ import tiny_checkpoint
 import torch
 from safetensors.torch import load_file, save_file
 
-from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantLinear, load
+from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantEmbedding, TurboQuantLinear, load
 from turboquant_weights.checkpoint import verify
 from turboquant_weights.reference import (
     PackedWeight,
@@ -140,35 +140,49 @@ def test_config_bytes():
     assert TurboQuantConfig.from_dict(json.loads(config.to_json_string())) == config
 
 
-def test_kept_checkpoint_of_version_1_reads_as_it_always_did():
-    """``fixtures/v1/llama`` was written once by release 0.1.0 and is never written again."""
-    folder = FIXTURES / "v1" / "llama"
+@pytest.mark.parametrize("name", ["llama", "mixed"])
+def test_kept_checkpoint_of_version_1_reads_as_it_always_did(name):
+    """``fixtures/v1`` was written once by release 0.1.0 and is never written again."""
+    folder = FIXTURES / "v1" / name
     result = verify(folder)
     assert result.manifest_checked
     config = result.info.config
-    assert (config.format_version, config.label, config.seed, config.skip) == (1, "4+2", 11, ("lm_head",))
+    assert (config.format_version, config.label, config.seed) == (1, {"llama": "4+2", "mixed": "mixed"}[name], 11)
+    assert config.skip == {"llama": ("lm_head",), "mixed": ()}[name]
     stored = load_file(folder / "model.safetensors")
     in_features = {"down_proj": 40}
     digests = {}
     for layer in result.info.layers:
         k = in_features.get(layer.name.rpartition(".")[2], 32)
-        packed = PackedWeight(*(stored[f"{layer.name}.{plane}"] for plane in PackedWeight._fields))
-        digests[layer.name] = hashlib.sha256(decoded_bytes(packed, 4, 2)).hexdigest()[:16]
-        module = TurboQuantLinear.from_packed(packed, k, None, config)
-        expected = oracle.dequantize(packed, k, 4, 2, 128, 11)
-        torch.testing.assert_close(module.dequantize().double(), expected, rtol=0, atol=1e-6)
-        x = torch.eye(k)
-        torch.testing.assert_close(module(x).T.double(), expected, rtol=0, atol=1e-6)
-    assert digests == KEPT_V1
+        packed = PackedWeight(*(stored.get(f"{layer.name}.{plane}") for plane in PackedWeight._fields))
+        bits, residual_bits = BITS[name].get(layer.name.rpartition(".")[2], BITS[name][""])
+        assert layer.label == oracle.label(bits, residual_bits)
+        digests[layer.name] = hashlib.sha256(decoded_bytes(packed, bits, residual_bits)).hexdigest()[:16]
+        expected = oracle.dequantize(packed, k, bits, residual_bits, 128, 11)
+        own = TurboQuantConfig(bits, residual_bits, seed=11)
+        if layer.kind == "embedding":
+            embedding = TurboQuantEmbedding.from_packed(packed, torch.nn.Embedding(layer.out_features, k), own)
+            torch.testing.assert_close(embedding(torch.arange(40)).double(), expected, rtol=0, atol=1e-6)
+        else:
+            module = TurboQuantLinear.from_packed(packed, k, None, own)
+            torch.testing.assert_close(module.dequantize().double(), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(module(torch.eye(k)).T.double(), expected, rtol=0, atol=1e-6)
+    assert digests == KEPT_V1[name]
 
 
-def test_kept_checkpoint_of_version_1_runs():
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", [0.032704, 0.005248, -0.192325, 0.215485, -0.098238, 0.132412]),
+        ("mixed", [-0.211354, -0.071887, 0.053228, 0.086232, -0.016837, -0.060418]),
+    ],
+)
+def test_kept_checkpoint_of_version_1_runs(name, expected):
     pytest.importorskip("transformers")
-    model = load(FIXTURES / "v1" / "llama", dtype=torch.float32)
+    model = load(FIXTURES / "v1" / name, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([[1, 5, 9, 20]])).logits[0, -1, :6]
-    expected = torch.tensor([0.032704, 0.005248, -0.192325, 0.215485, -0.098238, 0.132412])
-    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits, torch.tensor(expected), rtol=0, atol=2e-5)
 
 
 def test_loading_refuses_forbidden_exponents(tmp_path):
@@ -182,12 +196,29 @@ def test_loading_refuses_forbidden_exponents(tmp_path):
         load(tmp_path / "llama")
 
 
+# Of each kept checkpoint, by the last part of a layer's name.
+BITS = {
+    "llama": {"": (4, 2)},
+    "mixed": {"": (4, 1), "down_proj": (3, 2), "v_proj": (2, 0), "embed_tokens": (4, 2)},
+}
 KEPT_V1 = {
-    "model.layers.0.mlp.down_proj": "bd657c9a9ded8238",
-    "model.layers.0.mlp.gate_proj": "35876d30b3e30fd0",
-    "model.layers.0.mlp.up_proj": "b2b59f37756b4675",
-    "model.layers.0.self_attn.k_proj": "71f4be10c65b3e10",
-    "model.layers.0.self_attn.o_proj": "d4f8f08b140a1d1a",
-    "model.layers.0.self_attn.q_proj": "e11a0ca213520f6c",
-    "model.layers.0.self_attn.v_proj": "5afb10df985cf507",
+    "llama": {
+        "model.layers.0.mlp.down_proj": "bd657c9a9ded8238",
+        "model.layers.0.mlp.gate_proj": "35876d30b3e30fd0",
+        "model.layers.0.mlp.up_proj": "b2b59f37756b4675",
+        "model.layers.0.self_attn.k_proj": "71f4be10c65b3e10",
+        "model.layers.0.self_attn.o_proj": "d4f8f08b140a1d1a",
+        "model.layers.0.self_attn.q_proj": "e11a0ca213520f6c",
+        "model.layers.0.self_attn.v_proj": "5afb10df985cf507",
+    },
+    "mixed": {
+        "model.embed_tokens": "25d8dfd43ab5aec3",
+        "model.layers.0.mlp.down_proj": "b98f8d6fb35ddd71",
+        "model.layers.0.mlp.gate_proj": "01895adbd7c2a48b",
+        "model.layers.0.mlp.up_proj": "98b1fe2127cf47f0",
+        "model.layers.0.self_attn.k_proj": "4ac090ca90cef723",
+        "model.layers.0.self_attn.o_proj": "4d022d4e0709fbef",
+        "model.layers.0.self_attn.q_proj": "696c14767fb663bb",
+        "model.layers.0.self_attn.v_proj": "baf3ca90e64d573a",
+    },
 }

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear, quantize_model
-from turboquant_weights.model import dense_parameters, on_quantized, plan_layers
+from turboquant_weights.model import dense_parameters, on_quantized, plan_embeddings, plan_layers
 
 SIZES = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
 
@@ -164,6 +164,72 @@ def test_a_weight_shared_with_an_embedding_is_skipped_without_transformers_help(
     report = quantize_model(model, progress=False)
     assert report.skipped == {"out": "shares its weight with an embedding"}
     assert model["out"].weight is model["embedding"].weight
+
+
+class Tied(nn.Module):
+    """A model of no library: an embedding twice under one weight, a head with a bias, and something odd."""
+
+    def __init__(self, odd=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.again = nn.Embedding(16, 32), nn.Embedding(16, 32)
+        self.body, self.out = nn.Linear(32, 32), nn.Linear(32, 16)
+        self.again.weight = self.out.weight = self.embedding.weight
+        if odd is not None:
+            self.odd = odd
+            self.odd.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.out(self.body(self.embedding(ids) + self.again(ids)))
+
+
+def test_an_embedding_and_what_is_tied_to_it_become_one_set_of_planes():
+    model = Tied()
+    ids = torch.tensor([[0, 15, 3]])
+    expected, dense = model(ids), sum(p.numel() for p in model.parameters()) * 2
+    report = quantize_model(model, TurboQuantConfig(embeddings={"again": (4, 4)}, residual_bits=4), progress=False)
+    assert (report.tied, report.config.embeddings) == ({"out": "embedding"}, {"embedding": (4, 4)})
+    assert [(layer.name, layer.kind) for layer in report.layers] == [("embedding", "embedding"), ("body", "linear")]
+    assert model.embedding.codes is model.again.codes is model.out.codes
+    assert report.dense_bytes == dense
+    assert report.total_bytes == sum(p.numel() * (2 if p.is_floating_point() else 1) for p in model.parameters())
+    assert (model(ids) - expected).norm() < 0.03 * expected.norm()
+    assert plan_embeddings(Tied(), TurboQuantConfig()) == {}
+
+
+def test_a_tied_head_may_be_left_out_of_skip_only():
+    model = Tied()
+    report = quantize_model(model, TurboQuantConfig(embeddings={"*": (4, 2)}, skip=("body",)), progress=False)
+    assert list(report.skipped) == ["body"]
+    assert len(report.layers) == 1
+    with pytest.raises(ConfigError, match="'out' matches out, which shares its weight"):
+        quantize_model(Tied(), TurboQuantConfig(embeddings={"*": (4, 2)}, skip=("out",)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "embeddings", "message"),
+    [
+        (Tied, {"nothing": (4, 2)}, "'nothing' matches no embedding of Tied: it has embedding, again"),
+        (Tied, {"embedding": (4, 2), "again": (4, 1)}, r"again and embedding share one weight, .* \(4, 1\) and \(4, 2\)"),
+        (lambda: Tied(nn.Bilinear(1, 32, 16)), {"*": (4, 2)}, "shares its weight with odd, a Bilinear"),
+        (lambda: Tied(nn.Embedding(16, 32, max_norm=1.0)), {"*": (4, 2)}, "odd has max_norm"),
+        (stack, {"*": (4, 2)}, "matches no embedding of Sequential: it has none at all"),
+    ],
+)
+def test_embeddings_that_cannot_be_planned_change_nothing(build, embeddings, message):
+    model = build()
+    with pytest.raises((ConfigError, QuantizationError), match=message):
+        quantize_model(model, TurboQuantConfig(embeddings=embeddings), progress=False)
+    assert quantized_names(model) == []
+
+
+def test_a_bad_embedding_is_found_before_anything_is_replaced():
+    model = Tied()
+    with torch.no_grad():
+        model.embedding.weight[2, 3] = torch.nan
+    with pytest.raises(QuantizationError, match=r"^embedding: weight\[2, 3\] is nan"):
+        quantize_model(model, TurboQuantConfig(embeddings={"*": (4, 2)}), progress=False)
+    assert quantized_names(model) == []
 
 
 def test_conv1d():

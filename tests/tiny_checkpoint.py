@@ -30,27 +30,30 @@ def planes(rows, columns, bits, residual_bits):
     )
 
 
-MIXED = {"model.mlp": (3, 1)}  # layer_bits of a mixed checkpoint
+# What a mixed checkpoint has under layer_bits and embeddings.
+MIXED, EMBEDDINGS = {"model.mlp": (3, 1)}, {"model.embed": (2, 2)}
 
 
 def tensors(bits=4, residual_bits=2, mixed=False):
-    """Two layers (one with bias and tripwire), an embedding and a norm."""
+    """Two layers (one with bias and tripwire), an embedding (quantized if ``mixed``) and a norm."""
     out = {}
-    for layer, (rows, columns) in {"model.attn": (3, 64), "model.mlp": (5, 32)}.items():
-        own = MIXED.get(layer, (bits, residual_bits)) if mixed else (bits, residual_bits)
+    layers = {"model.attn": (3, 64), "model.mlp": (5, 32), **({"model.embed": (6, 32)} if mixed else {})}
+    for layer, (rows, columns) in layers.items():
+        own = {**MIXED, **EMBEDDINGS}.get(layer, (bits, residual_bits)) if mixed else (bits, residual_bits)
         for plane, tensor in planes(rows, columns, *own)._asdict().items():
             if tensor is not None:
                 out[f"{layer}.{plane}"] = tensor
     out["model.attn.weight"] = torch.empty(0)
     out["model.mlp.bias"] = torch.arange(5.0)
-    out["model.embed.weight"] = torch.arange(12).view(6, 2).bfloat16()
+    if not mixed:
+        out["model.embed.weight"] = torch.arange(12).view(6, 2).bfloat16()
     out["model.norm.weight"] = torch.ones(4, dtype=torch.float16)
     return out
 
 
 def config(bits=4, residual_bits=2, mixed=False):
-    settings = dict(bits=bits, residual_bits=residual_bits, layer_bits=MIXED if mixed else None)
-    return TurboQuantConfig(**settings, seed=5, skip=("lm_head",), source={"model": "tiny"})
+    by_name = dict(layer_bits=MIXED, embeddings=EMBEDDINGS) if mixed else {}
+    return TurboQuantConfig(bits, residual_bits, **by_name, seed=5, skip=("lm_head",), source={"model": "tiny"})
 
 
 def write(folder, bits=4, residual_bits=2, sharded=False, mixed=False):

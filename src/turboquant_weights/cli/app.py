@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from ..calibration import Calibration
 from ..config import MAX_SEED, TurboQuantConfig
 from ..errors import ConfigError
 from . import tables
-from .models import Dtype, continue_text, need_tokenizer, open_model
+from .models import Dtype, continue_text, input_embedding, need_tokenizer, open_model
 
 app = typer.Typer(
     name="turboquant-weights",
@@ -83,6 +84,13 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    embedding_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize the input embedding too, and an output head tied to it, e.g. to 4+2. [default: leave it]",
+            show_default=False,
+        ),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns that one rotation mixes: 32, 64 or 128.")] = 128,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the rotation's signs.")] = 0,
     skip: Annotated[
@@ -122,6 +130,7 @@ def quantize(
     """
     calibration = _calibration(calibrate, calibration_text, samples, sample_length, device, resume)
     by_name = dict(_name_and_bits(text) for text in layer_bits or ())
+    of_embedding = None if embedding_bits is None else _bits(embedding_bits, "--embedding-bits")
     config = TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name)
     if (
         not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir()))
@@ -129,6 +138,8 @@ def quantize(
         raise ConfigError(f"{out} exists: choose another folder, or add --overwrite")
     with _quiet_stdout():
         dense, tokenizer = open_model(model, dtype, device)
+        if of_embedding is not None:
+            config = dataclasses.replace(config, embeddings={input_embedding(dense): of_embedding})
         report = quantize_model(
             dense,
             config,
@@ -300,10 +311,18 @@ def generate(
 
 def _name_and_bits(text: str) -> tuple[str, tuple[int, int]]:
     """``PATTERN=4+2`` as the config has it."""
-    found = re.fullmatch(r"(.+)=(\d)(?:\+(\d))?", text)
-    if found is None:
+    pattern, equals, bits = text.rpartition("=")
+    if not pattern or not equals:
         raise ConfigError(f"--layer-bits is {text!r}: PATTERN=BITS is needed, e.g. '*.down_proj=4+2'")
-    return found[1], (int(found[2]), int(found[3] or 0))
+    return pattern, _bits(bits, "--layer-bits")
+
+
+def _bits(text: str, option: str) -> tuple[int, int]:
+    """``4`` or ``4+2``."""
+    found = re.fullmatch(r"(\d)(?:\+(\d))?", text)
+    if found is None:
+        raise ConfigError(f"{option} has the bits {text!r}: base bits, or base+residual bits, are needed, e.g. 4 or 4+2")
+    return int(found[1]), int(found[2] or 0)
 
 
 @app.command(epilog="Example: turboquant-weights tune 37888x3584 4608x3584 --residual-bits 4 --out schedules.json")

@@ -63,6 +63,12 @@ def need_tokenizer(tokenizer: Any, model: str) -> Any:
     return tokenizer
 
 
+def input_embedding(model: Any) -> str:
+    """Name of the module that turns token ids into vectors."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
+
+
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     """The greedy continuation of ``prompt``, without the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -70,7 +70,7 @@ def print_checkpoint(info: CheckpointInfo, errors: dict[str, float] | None = Non
     for layer in info.layers:
         per_weight = 8 * layer.nbytes / (layer.out_features * layer.columns)
         cells = [
-            layer.name,
+            layer.name if layer.kind == "linear" else f"{layer.name} ({layer.kind})",
             layer.label,
             str(layer.out_features),
             str(layer.columns),

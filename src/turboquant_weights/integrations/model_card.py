@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 from ..config import TurboQuantConfig
 
 LOAD_WITH = "turboquant_weights.load(folder), or `import turboquant_weights` before from_pretrained"
@@ -64,16 +66,14 @@ def model_card(title: str, config: TurboQuantConfig) -> str:
     )
 
 
-def _pairs(config: TurboQuantConfig) -> list[tuple[int, int]]:
-    return [(config.bits, config.residual_bits), *(config.layer_bits or {}).values()]
-
-
 def _label(bits: int, residual_bits: int) -> str:
     return f"{bits}+{residual_bits}" if residual_bits else str(bits)
 
 
 def _bits(config: TurboQuantConfig) -> str:
     """``4+2``, or what most layers have and how many differ."""
-    default, *others = [_label(*pair) for pair in _pairs(config)]
-    counts = "; ".join(f"{label} in {others.count(label)} layers" for label in sorted(set(others)))
+    default, *others = [_label(*pair) for pair in [(config.bits, config.residual_bits), *(config.layer_bits or {}).values()]]
+    counts = "; ".join(
+        f"{label} in {count} layer{'s' if count > 1 else ''}" for label, count in sorted(collections.Counter(others).items())
+    )
     return f"{default}; {counts}" if counts else default
