@@ -132,6 +132,8 @@ def quantize(
     by_name = dict(_name_and_bits(text) for text in layer_bits or ())
     of_embedding = None if embedding_bits is None else _bits(embedding_bits, "--embedding-bits")
     config = TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name)
+    if (by_name or of_embedding) and (target_ratio, target_bits, max_kl) != (None, None, None):
+        raise ConfigError("a budget chooses the bits of every layer: leave out --layer-bits and --embedding-bits")
     if (
         not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir()))
     ):  # save() decides; this saves the work
