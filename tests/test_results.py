@@ -24,6 +24,10 @@ def test_quantization_speed():
     check(TABLES["speed_table"](ROOT / "benchmarks/results/quantize-speed-h100.json"))
 
 
+def test_embeddings():
+    check(TABLES["embedding_table"](ROOT / "benchmarks/results/embedding-quality-cpu.json"))
+
+
 def test_kernel_speed():
     lines = (ROOT / "benchmarks/results/linear-h100.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ")]

@@ -168,6 +168,14 @@ def test_size_is_counted_right(dense):
     assert set(report.dense) <= {"transformer.wpe.weight"}
 
 
+def test_nothing_is_decoded_while_loading_or_running(dense, tmp_path, monkeypatch):
+    """Transformers initialises what it finds in an embedding, and scaled ones ask for the dtype of their weight."""
+    tq.save(load_model(dense, quantization_config=config_for(dense)), tmp_path / "m")
+    monkeypatch.setattr(tq.TurboQuantEmbedding, "dequantize", None)
+    logits(tq.load(tmp_path / "m"))
+    logits(load_model(dense, quantization_config=config_for(dense)) if dense.name != "gemma3" else tq.load(tmp_path / "m"))
+
+
 def test_untied_heads_are_linear_layers(tmp_path):
     model = llama(tied=False)
     config = tq.TurboQuantConfig(layer_bits={"lm_head": (4, 4)}, embeddings={"model.embed_tokens": (3, 0)})
