@@ -45,12 +45,26 @@ def speed_table(path: pathlib.Path) -> list[str]:
     return lines + [f"| {r['setting']} | {r['seconds']:.1f} | {r['bits_per_weight']:.3f} |" for r in record["rows"]]
 
 
+def embedding_table(path: pathlib.Path) -> list[str]:
+    """Markdown lines of one result of `embedding.py quality`."""
+    lines = [
+        "| bits of the embedding | bits per weight | whole model | perplexity | KL, nats | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(path.read_text())["rows"]:
+        cells = [row["bits"], f"{row['bits_per_weight']:.3f}", f"{row['whole_model_ratio']:.2f}x", row["perplexity"]]
+        lines.append("| " + " | ".join([*cells, f"{row['kl']:.5f}", f"{row['top1']:.3f}"]) + " |")
+    return lines
+
+
 def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         if path.name.startswith("quality-"):
             print(path.name, *quality_table(path), "", sep="\n")
         elif path.name.startswith("quantize-speed-"):
             print(path.name, *speed_table(path), "", sep="\n")
+        elif path.name.startswith("embedding-quality"):
+            print(path.name, *embedding_table(path), "", sep="\n")
 
 
 if __name__ == "__main__":
