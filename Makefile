@@ -47,7 +47,7 @@ test-engine: $(VENV)/.installed
 		TURBOQUANT_WEIGHTS_CPU=$$engine $(VENV)/bin/python -m pytest tests/test_linear.py || exit 1; done
 
 test-wheel: $(VENV)/.installed
-	.ci/wheel $(VENV)/bin/python '$(TORCH)'
+	.ci/wheel $(VENV)/bin/python $(TORCH)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
