@@ -29,7 +29,7 @@ from .tying import tied_heads
 SAMPLES, SAMPLE_LENGTH = 12, 256
 _PROBE_TOKENS = 8
 _SEED = 0
-# Share of the KL divergence of plain rounding that calibrated rounding leaves: SmolLM2-135M at 3.2x with 41 thousand tokens of
+# Share of the KL divergence of plain rounding that calibrated rounding leaves: SmolLM2-135M at 3.2x, 41 thousand tokens of
 # text. More text leaves less (DESIGN.md has the measurements), so what a budget expects is on the safe side.
 _CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.40, 0.90
 # Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they
