@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sensitivity
-from .allocation import Allocation, Bits, Unit, allocate, steps
+from .allocation import Allocation, Unit, allocate, steps
 from .calibration import input_groups
 from .config import TurboQuantConfig
 from .errors import ConfigError, QuantizationError
@@ -221,6 +221,3 @@ def _other_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
     entries = sum(len(name) + _ENTRY_BYTES for name, _ in model.named_parameters())
     entries += sum(3 * (len(name) + len(".exponents") + _ENTRY_BYTES) for name in planes)
     return (total - weights) * _DENSE_BYTES + entries + _FILE_BYTES
-
-
-__all__ = ["BitPlan", "Bits", "plan_bits"]

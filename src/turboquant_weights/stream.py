@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class BlockStream:
-    """The hidden states of ``tokens`` in front of the first block; :meth:`run` and :meth:`advance` take them further.
+    """The hidden states of ``tokens`` in front of the first block; :meth:`run` takes them further.
 
     While the stream is open, everything outside the blocks lies on ``device``, and the block inside :meth:`block` does;
     the rest stays where it was. :meth:`close` puts everything back. Use it as a context manager.
