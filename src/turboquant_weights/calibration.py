@@ -41,16 +41,14 @@ class Calibration:
     """What a calibrated quantization reads.
 
     Args:
-        text: A string, several, a path of a UTF-8 file, token ids [s, l], or None for the text that the package ships
-        (about 1 MB:
-            encyclopedia, a novel, documentation, source code). The text should resemble what the model will see.
+        text: A string, several, a path of a UTF-8 file, token ids [s, l], or None for the text that the package ships (about
+            1 MB: encyclopedia, novels, documentation, source code). The text should resemble what the model will see.
         samples: Windows of the text that are used; a shorter text gives fewer. Time and memory are proportional.
         sample_length: Tokens per window.
         device: Where the blocks are worked on, e.g. ``"cuda"``; None: where the model is. The model itself may stay in main
             memory: one block at a time is moved.
-        resume: A folder for finished blocks. An interrupted run that is repeated with the same folder continues there
-        and gives
-            the same result; delete it when the result is saved.
+        resume: A folder for finished blocks. An interrupted run that is repeated with the same folder continues there and
+            gives the same result; delete it when the result is saved.
     """
 
     text: str | os.PathLike[str] | Sequence[str] | Tensor | None = None
@@ -121,15 +119,19 @@ def first_token(tokenizer: Any) -> int | None:
 
 
 def windows(ids: Tensor, length: int, count: int, first: int | None) -> Tensor:
-    """Cuts token ids [t] into at most ``count`` windows [s, length], each with ``first`` in front; a text too short for
-    one gives
-    one shorter window."""
+    """Cuts token ids [t] into at most ``count`` windows [s, length], each with ``first`` in front.
+
+    A text too short for one gives one shorter window.
+    """
     if not len(ids):
         raise ConfigError("the calibration text has no token: give a longer text")
     step = min(length - (first is not None), len(ids)) or 1
     cut = ids[: len(ids) // step * step].view(-1, step)[:count]
     return cut if first is None else torch.cat([torch.full((len(cut), 1), first), cut], 1)
 
+
+# Of the original inputs of a block's layers that are kept while it is rounded; beyond, they are computed once per layer.
+_KEPT_BYTES = 4 << 30
 
 # Called with (layer name, packed weight with its error, layer's config): puts the quantized layer in place.
 Install = Callable[[str, Quantized, TurboQuantConfig], None]
@@ -230,13 +232,18 @@ class Calibrator:
     ) -> dict[str, Quantized]:
         """Quantizes the ``layers`` that ``run`` calls; ``run_original`` calls the ``originals`` of the same names."""
         found: dict[str, Quantized] = {}
-        for group in input_groups(layers, lambda: run(self.stream.batches[0])):
+        groups = input_groups(layers, lambda: run(self.stream.batches[0]))
+        kept = _inputs_of([originals[first] for first, *_ in groups], self.original, run_original)
+        for number, group in enumerate(groups):
             moments: Moments | None = None
-            for now, before in zip(self.stream.batches, self.original, strict=True):
+            for index, (now, before) in enumerate(zip(self.stream.batches, self.original, strict=True)):
                 x = input_of(layers[group[0]], functools.partial(run, now))
                 if x is not None:
                     moments = moments or Moments(x.shape[-1], x.device)
-                    moments.add(x, input_of(originals[group[0]], functools.partial(run_original, before)))
+                    original = kept[index][number] if kept else None
+                    if original is None:
+                        original = input_of(originals[group[0]], functools.partial(run_original, before))
+                    moments.add(x, original)
             assert moments is not None
             found.update(self._quantize_group(group, moments))
         return found
@@ -333,6 +340,33 @@ def input_groups(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> 
         for handle in handles:
             handle.remove()
     return [names for _, names in groups]
+
+
+def _inputs_of(layers: Sequence[nn.Module], batches: Sequence[Batch], run: Callable[[Batch], object]) -> list[list[Tensor]]:
+    """What each of ``layers`` is called with first, for every batch: one run each instead of one per layer.
+
+    Empty if all of it would take too much memory, or if a layer is not called.
+    """
+    kept: list[list[Tensor]] = []
+    for batch in batches:
+        seen: dict[int, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], seen: dict[int, Tensor] = seen) -> None:
+            if id(module) not in seen:
+                seen[id(module)] = args[0].clone()  # what the block does with it afterwards is its own affair
+
+        handles = [layer.register_forward_pre_hook(note) for layer in layers]
+        try:
+            run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(seen) < len(layers):
+            return []
+        kept.append([seen[id(layer)] for layer in layers])
+        if len(batches) * sum(x.numel() * x.element_size() for x in kept[0]) > _KEPT_BYTES:
+            return []
+    return kept
 
 
 def input_of(layer: nn.Module, run: Callable[[], object]) -> Tensor | None:

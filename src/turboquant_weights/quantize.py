@@ -64,23 +64,23 @@ def quantize_model(
         config: Bits, group size, seed; default 4 bits. With a budget its bits are not used.
         skip: Glob patterns of layers to leave alone; overrides ``config.skip``. None in both: the output head and what
             is tied to it (with a budget they take part). ``[]`` skips nothing.
-        progress: Show progress bars on stderr. calibration: A text for error feedback (calibration.py): a string, a
-        list of strings, a path, token ids [s, l], True for
-            the built-in text, or a :class:`Calibration` with more settings.
+        progress: Show progress bars on stderr.
+        calibration: A text for error feedback (calibration.py): a string, a list of strings, a path, token ids [s, l], True
+            for the built-in text, or a :class:`Calibration` with more settings.
         tokenizer: Needed unless ``calibration`` is token ids.
         target_ratio: How many times smaller than in bf16 the whole file gets at least, everything counted; bits are chosen
             layer by layer so that the expected KL divergence is least (budget.py).
-        target_bits: The same as bits per parameter of the whole file, at most. max_kl: The same the other way round:
-        the smallest file whose expected KL divergence (nats per token) is at most this.
+        target_bits: The same as bits per parameter of the whole file, at most.
+        max_kl: The other way round: the smallest file whose expected KL divergence, in nats per token, is at most this.
 
     Returns:
         A report: per layer bits, error, bytes and time; each skipped layer with the reason; the whole-model ratio.
 
     Raises:
-        ConfigError: a skip pattern matches nothing, the model is quantized already, a budget cannot be met, or more
-        than one is given. QuantizationError: nothing to quantize, a weight has NaN or Inf (names layer and position),
-        or the model is none that can be
-            calibrated; nothing was replaced then.
+        ConfigError: a skip pattern matches nothing, the model is quantized already, a budget cannot be met, or more than one
+            is given.
+        QuantizationError: nothing to quantize, a weight has NaN or Inf (names layer and position), or the model is none that
+            can be calibrated; nothing was replaced then.
     """
     start = time.perf_counter()
     config = config or TurboQuantConfig()
