@@ -31,7 +31,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py
+	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py
 
 # Arm needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user; without them this says what it leaves out.
 ENGINE := src/turboquant_weights/cpu

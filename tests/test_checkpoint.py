@@ -90,13 +90,18 @@ def test_info_of_a_mixed_checkpoint(tmp_path, sharded):
     assert {layer.name: (layer.kind, layer.label) for layer in info.layers} == {
         "model.attn": ("linear", "4+2"),
         "model.embed": ("embedding", "2+2"),
+        "model.experts.down": ("experts", "3+2"),
+        "model.experts.up": ("experts", "4+2"),
         "model.mlp": ("linear", "3+1"),
     }
     assert info.layers[1].nbytes == 6 * (16 + 1 + 1)
+    down = info.layers[2]
+    assert (down.experts, down.out_features, down.columns, down.weights) == (2, 4, 64, 512)
+    assert down.nbytes == 8 * (64 * 5 // 8 + 2 + 1)
     assert [tensor.name for tensor in info.others] == ["model.norm.weight"]
     write_manifest(tmp_path)
     verify(tmp_path)
-    edit_json(tmp_path / "config.json", lambda c: c["quantization_config"].pop("layer_bits"))
+    edit_json(tmp_path / "config.json", lambda c: c["quantization_config"]["layer_bits"].pop("model.mlp"))
     rejects(tmp_path, "model.mlp.codes", "with 4+2 bits")
 
 
@@ -116,6 +121,39 @@ def test_rules_for_embeddings(tmp_path, edit, texts):
     tiny_checkpoint.write(tmp_path, mixed=True)
     edit_json(tmp_path / "config.json", lambda c: edit(c["quantization_config"]))
     rejects(tmp_path, *texts)
+
+
+@pytest.mark.parametrize(
+    ("edit", "texts"),
+    [
+        (lambda c: c.pop("experts"), ("model.experts.down.scales", "matrix [out_features, columns / 32]")),
+        (
+            lambda c: c["experts"].update({"model.mlp": "out_in"}),
+            ("model.mlp.scales", "[experts, out_features, columns / 32]"),
+        ),
+        (lambda c: c["experts"].update({"model.*": "out_in"}), ("experts has 'model.*'", "only exact names")),
+        (lambda c: c["experts"].update({"model.embed": "out_in"}), ("'model.embed'", "under experts and under embeddings")),
+        (lambda c: c["experts"].update({"model.experts.up": "up"}), ("experts['model.experts.up'] is 'up'",)),
+        (lambda c: c.update(skip=["model.experts.up"]), ("'model.experts.up'", "one or the other")),
+        (lambda c: c["layer_bits"].pop("model.experts.down"), ("model.experts.down.codes", "with 4+2 bits")),
+    ],
+)
+def test_rules_for_experts(tmp_path, edit, texts):
+    tiny_checkpoint.write(tmp_path, mixed=True)
+    edit_json(tmp_path / "config.json", lambda c: edit(c["quantization_config"]))
+    rejects(tmp_path, *texts)
+
+
+def test_tripwire_of_a_stack(tmp_path):
+    """It has the name of the parameter itself, and nothing else may."""
+    for shape, dtype, ok in [((0,), torch.float16, True), ((2, 3, 32), torch.float16, False), ((0,), torch.int8, False)]:
+        tensors = {**tiny_checkpoint.tensors(mixed=True), "model.experts.up": torch.zeros(shape, dtype=dtype)}
+        tiny_checkpoint.write(tmp_path, mixed=True)
+        save_file(tensors, tmp_path / SINGLE)
+        if ok:
+            assert "model.experts.up" not in [tensor.name for tensor in validate(tmp_path).others]
+        else:
+            rejects(tmp_path, "model.experts.up", "of shape [0]")
 
 
 def test_header_offsets_are_where_the_bytes_are(folder):

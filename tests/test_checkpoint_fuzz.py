@@ -25,7 +25,8 @@ SECONDS, BYTES = 2.0, 8 << 20  # allowed per case
 ODD = [
     None, True, False, 0, 1, -1, 3, 4, 31, 2**31, 2**63, 2**64, 10**400, 0.5, math.nan, math.inf, -math.inf, "", "4", "U8",
     "I8", "F32", "F8_E5M2", "../model.safetensors", "/etc/passwd", "\0", "\ud800", "x" * 10_000, [], [0],
-    [1, 2], [[]], {}, {"a": 1}, [0] * 1000, "model.attn", ["model.attn"], "gptq", [2**62, 4], [0, 2**63],
+    [1, 2], [[]], {}, {"a": 1}, [0] * 1000, "out_in", {"model.attn": "out_in"},
+    "model.experts.up", "model.attn", ["model.attn"], "gptq", [2**62, 4], [0, 2**63],
 ]  # fmt: skip
 
 
@@ -134,17 +135,21 @@ def assert_intact(folder, info):
     layers = {key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in planes}
     layer_bits = config.get("layer_bits") or {}
     embeddings = config.get("embeddings") or {}
-    assert set(layer_bits) | set(embeddings) <= layers
-    assert not set(layer_bits) & set(embeddings)
+    experts = config.get("experts") or {}
+    assert set(layer_bits) | set(embeddings) | set(experts) <= layers
+    assert not set(embeddings) & {*layer_bits, *experts}
+    assert set(experts.values()) <= {"out_in", "in_out"}
     assert sorted(layers) == [layer.name for layer in info.layers] != []
     for layer in layers:
         assert layer not in config["skip"]
-        assert f"{layer}.bias" not in found or layer not in embeddings
+        assert f"{layer}.bias" not in found or layer not in {*embeddings, *experts}
+        assert layer not in found or (layer in experts and found[layer].get_shape() == [0])
         bits, residual_bits = {**layer_bits, **embeddings}.get(layer, (config["bits"], config["residual_bits"]))
         widths = {"codes": bits, "residual": residual_bits}
-        rows, blocks = found[f"{layer}.scales"].get_shape()
-        expected = {"scales": ("U8", [rows, blocks]), "exponents": ("I8", [rows])}
-        expected |= {plane: ("U8", [rows, blocks * 32 * width // 8]) for plane, width in widths.items() if width}
+        *rows, blocks = found[f"{layer}.scales"].get_shape()
+        assert len(rows) == (2 if layer in experts else 1)
+        expected = {"scales": ("U8", [*rows, blocks]), "exponents": ("I8", rows)}
+        expected |= {plane: ("U8", [*rows, blocks * 32 * width // 8]) for plane, width in widths.items() if width}
         for plane in planes:
             tensor = found.get(f"{layer}.{plane}")
             assert (tensor and (tensor.get_dtype(), tensor.get_shape())) == expected.get(plane)

@@ -13,7 +13,7 @@ import tiny_checkpoint
 import torch
 from safetensors.torch import load_file, save_file
 
-from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantEmbedding, TurboQuantLinear, load
+from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantEmbedding, TurboQuantExperts, TurboQuantLinear, load
 from turboquant_weights.checkpoint import verify
 from turboquant_weights.reference import (
     PackedWeight,
@@ -140,26 +140,36 @@ def test_config_bytes():
     assert TurboQuantConfig.from_dict(json.loads(config.to_json_string())) == config
 
 
-@pytest.mark.parametrize("name", ["llama", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "mixed", "experts"])
 def test_kept_checkpoint_of_version_1_reads_as_it_always_did(name):
     """``fixtures/v1`` was written once by release 0.1.0 and is never written again."""
     folder = FIXTURES / "v1" / name
     result = verify(folder)
     assert result.manifest_checked
     config = result.info.config
-    assert (config.format_version, config.label, config.seed) == (1, {"llama": "4+2", "mixed": "mixed"}[name], 11)
-    assert config.skip == {"llama": ("lm_head",), "mixed": ()}[name]
+    assert (config.format_version, config.label, config.seed) == (1, {"llama": "4+2"}.get(name, "mixed"), 11)
+    assert config.skip == {"mixed": ()}.get(name, ("lm_head",))
     stored = load_file(folder / "model.safetensors")
-    in_features = {"down_proj": 40}
+    in_features = {"down_proj": 20 if name == "experts" else 40}
     digests = {}
     for layer in result.info.layers:
         k = in_features.get(layer.name.rpartition(".")[2], 32)
         packed = PackedWeight(*(stored.get(f"{layer.name}.{plane}") for plane in PackedWeight._fields))
         bits, residual_bits = BITS[name].get(layer.name.rpartition(".")[2], BITS[name][""])
         assert layer.label == oracle.label(bits, residual_bits)
-        digests[layer.name] = hashlib.sha256(decoded_bytes(packed, bits, residual_bits)).hexdigest()[:16]
-        expected = oracle.dequantize(packed, k, bits, residual_bits, 128, 11)
+        flat = packed.map(lambda plane: plane.flatten(0, 1)) if layer.kind == "experts" else packed
+        digests[layer.name] = hashlib.sha256(decoded_bytes(flat, bits, residual_bits)).hexdigest()[:16]
+        if layer.kind != "experts":
+            expected = oracle.dequantize(packed, k, bits, residual_bits, 128, 11)
         own = TurboQuantConfig(bits, residual_bits, seed=11)
+        if layer.kind == "experts":
+            assert config.experts[layer.name] == "out_in"
+            stack = TurboQuantExperts.from_packed(packed, k, "out_in", own)
+            for e in range(layer.experts):
+                expected = oracle.dequantize(packed.map(lambda plane, e=e: plane[e]), k, bits, residual_bits, 128, 11)
+                torch.testing.assert_close(stack.dequantize()[e].double(), expected, rtol=0, atol=1e-6)
+                torch.testing.assert_close(stack(torch.eye(k), e).T.double(), expected, rtol=0, atol=1e-6)
+            continue
         if layer.kind == "embedding":
             embedding = TurboQuantEmbedding.from_packed(packed, torch.nn.Embedding(layer.out_features, k), own)
             torch.testing.assert_close(embedding(torch.arange(40)).double(), expected, rtol=0, atol=1e-6)
@@ -175,6 +185,7 @@ def test_kept_checkpoint_of_version_1_reads_as_it_always_did(name):
     [
         ("llama", [0.032704, 0.005248, -0.192325, 0.215485, -0.098238, 0.132412]),
         ("mixed", [-0.211354, -0.071887, 0.053228, 0.086232, -0.016837, -0.060418]),
+        ("experts", [-0.377968, 0.050127, 0.331652, 0.217294, -0.520921, -0.432325]),
     ],
 )
 def test_kept_checkpoint_of_version_1_runs(name, expected):
@@ -200,6 +211,7 @@ def test_loading_refuses_forbidden_exponents(tmp_path):
 BITS = {
     "llama": {"": (4, 2)},
     "mixed": {"": (4, 1), "down_proj": (3, 2), "v_proj": (2, 0), "embed_tokens": (4, 2)},
+    "experts": {"": (4, 1), "down_proj": (3, 2)},
 }
 KEPT_V1 = {
     "llama": {
@@ -220,5 +232,13 @@ KEPT_V1 = {
         "model.layers.0.self_attn.o_proj": "4d022d4e0709fbef",
         "model.layers.0.self_attn.q_proj": "696c14767fb663bb",
         "model.layers.0.self_attn.v_proj": "baf3ca90e64d573a",
+    },
+    "experts": {
+        "model.layers.0.mlp.experts.down_proj": "feff4e2b22a32754",
+        "model.layers.0.mlp.experts.gate_up_proj": "c7433cba3d4a20f0",
+        "model.layers.0.self_attn.k_proj": "ee5b9a6b783f908d",
+        "model.layers.0.self_attn.o_proj": "2a713b19de6b9b7c",
+        "model.layers.0.self_attn.q_proj": "47cd3ddcdaa6f227",
+        "model.layers.0.self_attn.v_proj": "896c3463536ca24a",
     },
 }

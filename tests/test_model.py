@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear, quantize_model
-from turboquant_weights.model import dense_parameters, on_quantized, plan_embeddings, plan_layers
+from turboquant_weights.model import on_quantized, plan_embeddings, plan_layers
 
 SIZES = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
 
@@ -240,16 +240,6 @@ def test_conv1d():
     quantize_model(model, TurboQuantConfig(bits=4, residual_bits=4), progress=False)
     assert model[0].out_features == 24
     torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.02)
-
-
-def test_fused_experts_are_listed_as_dense():
-    options = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64)
-    model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, num_key_value_heads=2, **options))
-    report = quantize_model(model, progress=False)
-    experts = [name for name in report.dense if "experts" in name]
-    assert len(experts) == 4
-    assert report.dense == dense_parameters(model)
-    assert all(name in str(report) for name in experts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

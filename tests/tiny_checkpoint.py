@@ -30,19 +30,23 @@ def planes(rows, columns, bits, residual_bits):
     )
 
 
-# What a mixed checkpoint has under layer_bits and embeddings.
-MIXED, EMBEDDINGS = {"model.mlp": (3, 1)}, {"model.embed": (2, 2)}
+# What a mixed checkpoint has under layer_bits, embeddings and experts.
+MIXED, EMBEDDINGS = {"model.mlp": (3, 1), "model.experts.down": (3, 2)}, {"model.embed": (2, 2)}
+EXPERTS = {"model.experts.down": "in_out", "model.experts.up": "out_in"}
 
 
 def tensors(bits=4, residual_bits=2, mixed=False):
-    """Two layers (one with bias and tripwire), an embedding (quantized if ``mixed``) and a norm."""
+    """Two layers (one with bias and tripwire), an embedding and a norm; if ``mixed``, the embedding is quantized, and there
+    are two stacks."""
     out = {}
-    layers = {"model.attn": (3, 64), "model.mlp": (5, 32), **({"model.embed": (6, 32)} if mixed else {})}
+    layers = {"model.attn": (3, 64), "model.mlp": (5, 32)}
+    if mixed:
+        layers |= {"model.embed": (6, 32), "model.experts.up": (6, 32), "model.experts.down": (8, 64)}
     for layer, (rows, columns) in layers.items():
         own = {**MIXED, **EMBEDDINGS}.get(layer, (bits, residual_bits)) if mixed else (bits, residual_bits)
         for plane, tensor in planes(rows, columns, *own)._asdict().items():
             if tensor is not None:
-                out[f"{layer}.{plane}"] = tensor
+                out[f"{layer}.{plane}"] = tensor.unflatten(0, (2, -1)) if layer in EXPERTS else tensor
     out["model.attn.weight"] = torch.empty(0)
     out["model.mlp.bias"] = torch.arange(5.0)
     if not mixed:
@@ -52,7 +56,7 @@ def tensors(bits=4, residual_bits=2, mixed=False):
 
 
 def config(bits=4, residual_bits=2, mixed=False):
-    by_name = dict(layer_bits=MIXED, embeddings=EMBEDDINGS) if mixed else {}
+    by_name = dict(layer_bits=MIXED, embeddings=EMBEDDINGS, experts=EXPERTS) if mixed else {}
     return TurboQuantConfig(bits, residual_bits, **by_name, seed=5, skip=("lm_head",), source={"model": "tiny"})
 
 

@@ -8,6 +8,7 @@ from .calibration import Calibration
 from .config import TurboQuantConfig
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, FormatError, QuantizationError, ScheduleError, TurboQuantError
+from .experts import TurboQuantExperts
 from .fusion import fuse_projections, unfuse_projections
 from .integrations import load, register_lazily, save
 from .linear import TurboQuantLinear
@@ -26,6 +27,7 @@ __all__ = [
     "TurboQuantConfig",
     "TurboQuantEmbedding",
     "TurboQuantError",
+    "TurboQuantExperts",
     "TurboQuantLinear",
     "fuse_projections",
     "load",

@@ -108,7 +108,8 @@ def _settle(folder: Path) -> None:
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
     """One quantized layer as stored; ``columns`` is in_features rounded up to a multiple of 32, ``nbytes`` has the bias.
-    ``kind`` is "linear" or "embedding"; ``out_features`` of an embedding is the number of its rows."""
+    ``kind`` is "linear", "embedding" or "experts"; ``out_features`` of an embedding is the number of its rows; of an expert
+    stack both sizes are those of one of the ``experts``."""
 
     name: str
     out_features: int
@@ -116,6 +117,12 @@ class LayerInfo:
     label: str
     nbytes: int
     kind: str
+    experts: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Of all experts; padding columns count."""
+        return self.experts * self.out_features * self.columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +155,7 @@ class CheckpointInfo:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, everything counted (weights: out_features x stored columns)."""
-        return 8 * self.quantized_bytes / sum(layer.out_features * layer.columns for layer in self.layers)
+        return 8 * self.quantized_bytes / sum(layer.weights for layer in self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,23 +321,25 @@ def _sort_tensors(
     others = []
     for name, tensor in tensors.items():
         owner = _owner(name, quantized)
-        if owner is None:
+        if owner is None and name in quantized and name in (config.experts or {}):
+            quantized[name]["weight"] = tensor  # a stack has the name of its parameter, and so has its tripwire
+        elif owner is None:
             others.append(tensor)
-        elif (part := name[len(owner) + 1 :]) in ("bias", "weight"):
+        elif (part := name[len(owner) + 1 :]) in ("bias", "weight") and owner not in (config.experts or {}):
             quantized[owner][part] = tensor
         elif part not in PLANES:
             raise FormatError(
                 f"{short(name)}: a quantized layer has no such tensor: allowed are {', '.join(PLANES)} and bias"
             )
-    for field in ("layer_bits", "embeddings"):
+    for field in ("layer_bits", "embeddings", "experts"):
         for name in getattr(config, field) or ():
             if name not in quantized:
                 raise FormatError(
                     f"{CONFIG_FILE}: {field} has {short(name)}, but the checkpoint holds no quantized layer of that name: "
                     "only exact names of quantized layers are allowed"
                 )
-            if field == "layer_bits" and name in (config.embeddings or {}):
-                raise FormatError(f"{CONFIG_FILE}: {short(name)} is under layer_bits and under embeddings: it must be one")
+            if field != "embeddings" and name in (config.embeddings or {}):
+                raise FormatError(f"{CONFIG_FILE}: {short(name)} is under {field} and under embeddings: it must be one")
     layers = tuple(_check_layer(name, parts, config) for name, parts in sorted(quantized.items()))
     return layers, tuple(others)
 
@@ -350,18 +359,19 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
     if name in config.skip:
         raise FormatError(f"{short(name)} is quantized, but listed under skip in {CONFIG_FILE}: it must be one or the other")
     scales = parts.get("scales")
-    if scales is None or len(scales.shape) != 2 or 0 in scales.shape:
+    stacked = name in (config.experts or {})
+    if scales is None or len(scales.shape) != 2 + stacked or 0 in scales.shape:
         shape_text = "missing" if scales is None else f"of shape {list(scales.shape)}"
-        raise FormatError(
-            f"{short(name + '.scales')} is {shape_text}: it must be a uint8 matrix [out_features, columns / 32]"
-        )
+        rule_text = "tensor [experts, out_features, columns / 32]" if stacked else "matrix [out_features, columns / 32]"
+        raise FormatError(f"{short(name + '.scales')} is {shape_text}: it must be a uint8 {rule_text}")
     embedding = config.for_embedding(name)
     config = embedding or config.for_layer(name)
     if embedding is not None and "bias" in parts:
         raise FormatError(f"{short(f'{name}.bias')}: an embedding has no bias: allowed are {', '.join(PLANES)}")
-    rows, columns = scales.shape[0], scales.shape[1] * SCALE_BLOCK
+    count, rows = scales.shape[0] if stacked else 1, scales.shape[-2]
+    columns = scales.shape[-1] * SCALE_BLOCK
     expected = {
-        plane: ((shape, _DTYPE_NAMES[dtype]))
+        plane: (((count, *shape) if stacked else shape), _DTYPE_NAMES[dtype])
         for plane, (shape, dtype) in packed_shapes(rows, columns, config.bits, config.residual_bits).items()
     }
     for plane in PLANES:
@@ -379,8 +389,8 @@ def _check_layer(name: str, parts: dict[str, TensorInfo], config: TurboQuantConf
                 f"{short(f'{name}.{part}')} is {_describe((dense.shape, dense.dtype))}: in a quantized layer it must be "
                 f"one of {', '.join(_FLOATS)} and of shape [{size}]"
             )
-    kind = "linear" if embedding is None else "embedding"
-    return LayerInfo(name, rows, columns, config.label, sum(tensor.nbytes for tensor in parts.values()), kind)
+    kind = "experts" if stacked else "linear" if embedding is None else "embedding"
+    return LayerInfo(name, rows, columns, config.label, sum(tensor.nbytes for tensor in parts.values()), kind, count)
 
 
 def _describe(tensor: tuple[tuple[int, ...], str] | None) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ConfigError
 
@@ -20,36 +20,47 @@ MAX_SEED = 2**32 - 1
 BASE_BITS = (2, 3, 4)
 RESIDUAL_BITS = (0, 1, 2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
+LAYOUTS = ("out_in", "in_out")
 _GLOB = frozenset("*?[")
 
+Value = TypeVar("Value", covariant=True)
 
-class BitsByName(Mapping[str, tuple[int, int]]):
-    """An immutable, hashable mapping from names or glob patterns (``fnmatch``) to ``(bits, residual_bits)``, in order."""
 
-    def __init__(self, bits: Mapping[str, tuple[int, int]]) -> None:
-        self._bits = dict(bits)
-        self._globs = [name for name in self._bits if not _GLOB.isdisjoint(name)]  # a checkpoint has none, and many names
+class ByName(Mapping[str, Value]):
+    """An immutable, hashable mapping from names or glob patterns (``fnmatch``) to settings, in order."""
 
-    def __getitem__(self, name: str) -> tuple[int, int]:
-        return self._bits[name]
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._values = dict(values)
+        self._globs = [name for name in self._values if not _GLOB.isdisjoint(name)]  # a checkpoint has none, and many names
+
+    def __getitem__(self, name: str) -> Value:
+        return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._bits)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._bits)
+        return len(self._values)
 
     def __hash__(self) -> int:
-        return hash(frozenset(self._bits.items()))
+        return hash(frozenset(self._values.items()))
 
     def __repr__(self) -> str:
-        return repr(self._bits)
+        return repr(self._values)
 
     def pattern_for(self, name: str) -> str | None:
         """The key that decides about ``name``: the name itself, else the first pattern that matches it."""
-        if name in self._bits:
+        if name in self._values:
             return name
         return next((pattern for pattern in self._globs if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+class BitsByName(ByName[tuple[int, int]]):
+    """``(bits, residual_bits)`` by name."""
+
+
+class LayoutByName(ByName[str]):
+    """Which way the matrices of an expert stack lie, by name: one of :data:`LAYOUTS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +82,9 @@ class TurboQuantConfig:
         embeddings: Embeddings to quantize, by default none: glob pattern -> ``(bits, residual_bits)``, e.g.
             ``{"model.embed_tokens": (4, 2)}``. An output head tied to one shares its planes. In a saved checkpoint: exact
             names.
+        experts: Parameters [experts, ., .] that hold a matrix per expert, for models whose own are not recognised: glob
+            pattern -> ``"out_in"`` if each matrix is [out_features, in_features], ``"in_out"`` if it is the transpose. In a
+            saved checkpoint: exact names of all stacks that are quantized.
         source: Provenance written by this package into checkpoints (model, revision, package version). Not an input
             of the algorithm.
         format_version: Version of FORMAT.md. This package reads and writes version 1.
@@ -86,6 +100,7 @@ class TurboQuantConfig:
     skip: tuple[str, ...] | None = None
     layer_bits: Mapping[str, tuple[int, int]] | None = None
     embeddings: Mapping[str, tuple[int, int]] | None = None
+    experts: Mapping[str, str] | None = None
     source: dict[str, str] | None = dataclasses.field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     # A class attribute, not a field: Transformers dispatches on it and nobody may change it.
@@ -108,6 +123,7 @@ class TurboQuantConfig:
             object.__setattr__(self, "skip", tuple(self.skip))
         object.__setattr__(self, "layer_bits", _bits_by_name("layer_bits", self.layer_bits, "*.down_proj"))
         object.__setattr__(self, "embeddings", _bits_by_name("embeddings", self.embeddings, "model.embed_tokens"))
+        object.__setattr__(self, "experts", _layout_by_name(self.experts))
         if self.source is not None and not (
             isinstance(self.source, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.source.items())
         ):
@@ -126,8 +142,10 @@ class TurboQuantConfig:
         return f"{self.bits}+{self.residual_bits}" if self.residual_bits else str(self.bits)
 
     def for_layer(self, name: str) -> TurboQuantConfig:
-        """The config of the linear layer ``name`` alone: its own bits, and none by name."""
-        return self._own_bits(self.layer_bits, name) or dataclasses.replace(self, layer_bits=None, embeddings=None)
+        """The config of the linear layer or expert stack ``name`` alone: its own bits, and nothing by name."""
+        return self._own_bits(self.layer_bits, name) or dataclasses.replace(
+            self, layer_bits=None, embeddings=None, experts=None
+        )
 
     def for_embedding(self, name: str) -> TurboQuantConfig | None:
         """The config of the embedding ``name`` alone; None if it is not quantized."""
@@ -138,13 +156,19 @@ class TurboQuantConfig:
         if by_name is None or pattern is None:
             return None
         bits, residual_bits = by_name[pattern]
-        return dataclasses.replace(self, bits=bits, residual_bits=residual_bits, layer_bits=None, embeddings=None)
+        return dataclasses.replace(
+            self, bits=bits, residual_bits=residual_bits, layer_bits=None, embeddings=None, experts=None
+        )
 
     def exact(
-        self, layers: Iterable[str], skip: Iterable[str], embeddings: Mapping[str, tuple[int, int]] | None = None
+        self,
+        layers: Iterable[str],
+        skip: Iterable[str],
+        embeddings: Mapping[str, tuple[int, int]] | None = None,
+        experts: Mapping[str, str] | None = None,
     ) -> TurboQuantConfig:
-        """As a checkpoint stores it: patterns resolved to the names of the quantized ``layers``, the skipped ones, and the
-        quantized ``embeddings``.
+        """As a checkpoint stores it: patterns resolved to the names of the quantized ``layers`` (linear ones, and stacks of
+        ``experts``), the skipped ones, and the quantized ``embeddings``.
 
         If no layer has ``bits`` and ``residual_bits``, those become what most layers have.
         """
@@ -160,6 +184,7 @@ class TurboQuantConfig:
             skip=tuple(skip),
             layer_bits=layer_bits,
             embeddings=dict(sorted((embeddings or {}).items())),
+            experts=dict(sorted((experts or {}).items())),
         )
 
     def base_only(self) -> TurboQuantConfig:
@@ -177,7 +202,9 @@ class TurboQuantConfig:
             value = getattr(self, field.name)
             if isinstance(value, BitsByName):
                 out[field.name] = {name: list(bits) for name, bits in value.items()}
-            elif field.name not in ("layer_bits", "embeddings"):  # absent is how a checkpoint says "none"
+            elif isinstance(value, LayoutByName):
+                out[field.name] = dict(value)
+            elif field.name not in ("layer_bits", "embeddings", "experts"):  # absent is how a checkpoint says "none"
                 out[field.name] = list(value) if isinstance(value, tuple) else value
         return out
 
@@ -225,3 +252,17 @@ def _bits_by_name(field: str, value: object, example: str) -> BitsByName | None:
         _require_member(f"{field}[{name!r}]: residual_bits", pair[1], RESIDUAL_BITS)
         out[name] = (pair[0], pair[1])
     return BitsByName(out) if out else None
+
+
+def _layout_by_name(value: object) -> LayoutByName | None:
+    """The same for the layouts of expert stacks."""
+    if value is None or isinstance(value, LayoutByName):
+        return value or None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"experts is {value!r}: it must map names to 'out_in' or 'in_out', e.g. {{'*.w_up': 'out_in'}}")
+    for name, layout in value.items():
+        if not isinstance(layout, str) or layout not in LAYOUTS:
+            raise ConfigError(
+                f"experts[{name!r}] is {layout!r}: it must be 'out_in' (each matrix [out_features, in_features]) or 'in_out'"
+            )
+    return LayoutByName(value) if value else None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import ConfigError, QuantizationError, TurboQuantError
+from .experts import TurboQuantExperts
 from .linear import dense_weight
 from .planes import PackedPlanes
 
@@ -169,8 +170,8 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def layer_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
-    """Layer name -> ``||W - W'||^2 / ||W||^2`` of each quantized layer and embedding of ``model``; ``reference`` holds the
-    dense ``W``.
+    """Layer name -> ``||W - W'||^2 / ||W||^2`` of each quantized layer, embedding and expert stack of ``model``;
+    ``reference`` holds the dense ``W``.
 
     Raises:
         ConfigError: ``reference`` has no such layer, or one of another shape.
@@ -179,8 +180,11 @@ def layer_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
     for name, module in model.named_modules():
         if isinstance(module, PackedPlanes):
             try:
-                other = reference.get_submodule(name)
-                weight = other.weight if isinstance(other, nn.Embedding) else dense_weight(other, name)
+                if isinstance(module, TurboQuantExperts):
+                    weight: Tensor = reference.get_parameter(name)
+                else:
+                    other = reference.get_submodule(name)
+                    weight = other.weight if isinstance(other, nn.Embedding) else dense_weight(other, name)
             except (AttributeError, QuantizationError) as error:
                 raise ConfigError(f"the reference does not fit the checkpoint: {error}") from None
             weight = weight.to(module.codes.device, torch.float32)

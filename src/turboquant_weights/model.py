@@ -15,6 +15,7 @@ from . import reference
 from .config import TurboQuantConfig
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, QuantizationError
+from .experts import TurboQuantExperts, find_stacks, replace_parameter
 from .linear import TurboQuantLinear, dense_weight, is_linear
 from .planes import PackedPlanes
 from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads
@@ -27,7 +28,8 @@ HEAD = "output head; quantize it with skip=[], or by its name in layer_bits"
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """One quantized layer. ``error`` is ``||W - W'||^2 / ||W||^2``; ``bytes`` count planes, scales, exponents and bias;
-    ``dense_bytes`` are the same layer's in bf16. Of an embedding ``out_features`` is the number of rows."""
+    ``dense_bytes`` are the same layer's in bf16. Of an embedding ``out_features`` is the number of rows; of an expert stack
+    both sizes are those of one of the ``experts``."""
 
     name: str
     label: str
@@ -37,12 +39,17 @@ class LayerReport:
     bytes: int
     dense_bytes: int
     seconds: float
-    kind: str = "linear"  # or "embedding"
+    kind: str = "linear"  # or "embedding", or "experts"
+    experts: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.experts * self.out_features * self.in_features
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored for the layer (bias included), over out_features * in_features."""
-        return 8 * self.bytes / (self.out_features * self.in_features)
+        """Everything stored for the layer (bias included), over its weights."""
+        return 8 * self.bytes / self.weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +57,10 @@ class QuantizationReport:
     """What ``quantize_model`` did.
 
     ``layers`` in model order, embeddings first; ``tied`` maps each output head that runs on the planes of a quantized
-    embedding to that embedding; ``skipped`` maps each linear layer left alone to the reason; ``dense`` maps every other
-    parameter of two or more dimensions that stays dense (embeddings, convolutions, fused experts) to its bf16 bytes;
-    ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers, each tied tensor once;
+    embedding to that embedding; ``skipped`` maps each linear layer and expert stack left alone to the reason; ``dense`` maps
+    every other parameter of two or more dimensions that stays dense (embeddings, convolutions, routers) to its bf16 bytes,
+    ``reasons`` the same names to why; ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers,
+    each tied tensor once, ``skipped_bytes`` those of the skipped layers among them;
     ``expected_kl`` is what a budget's allocation expects, nats per token; ``uncalibrated`` are layers that the
     calibration text did not reach, so that they were rounded without data.
     """
@@ -66,6 +74,8 @@ class QuantizationReport:
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
     expected_kl: float | None = None
     uncalibrated: list[str] = dataclasses.field(default_factory=list)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    skipped_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -85,8 +95,7 @@ class QuantizationReport:
     @property
     def bits_per_weight(self) -> float:
         """Over the quantized layers, everything counted."""
-        weights = sum(layer.out_features * layer.in_features for layer in self.layers)
-        return 8 * sum(layer.bytes for layer in self.layers) / weights
+        return 8 * sum(layer.bytes for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
     @property
     def error(self) -> float:
@@ -100,6 +109,9 @@ class QuantizationReport:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
             "dense": self.dense,
+            "reasons": self.reasons,
+            "other_bytes": self.other_bytes,
+            "skipped_bytes": self.skipped_bytes,
             "tied": self.tied,
             "total_bytes": self.total_bytes,
             "dense_bytes": self.dense_bytes,
@@ -113,19 +125,31 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         embeddings = [layer for layer in self.layers if layer.kind == "embedding"]
+        stacks = [layer for layer in self.layers if layer.kind == "experts"]
         lines = [
-            f"{len(self.layers) - len(embeddings)} layers at {self.config.label} bits"
+            f"{len(self.layers) - len(embeddings) - len(stacks)} layers at {self.config.label} bits"
+            + (f", {len(stacks)} stacks of {max(layer.experts for layer in stacks)} experts" if stacks else "")
             + "".join(f", {layer.name} at {layer.label}" for layer in embeddings)
             + f": {self.bits_per_weight:.3f} bits per weight, relative squared error {self.error:.2e}, {self.seconds:.1f} s",
             f"whole model {self.total_bytes / 1e6:.1f} MB, {self.ratio:.2f}x smaller than bf16",
+            self._left(),
         ]
         if self.expected_kl is not None:
             lines.append(f"expected KL divergence {self.expected_kl:.5f} nats per token")
         lines += [f"rounded without data, the text did not reach it: {name}" for name in self.uncalibrated]
         lines += [f"shares the planes of {embedding}: {head}" for head, embedding in self.tied.items()]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped.items()]
-        lines += [f"left as it was: {name}, {size / 1e6:.1f} MB (no linear layer)" for name, size in self.dense.items()]
+        lines += [f"left as it was: {name}, {size / 1e6:.1f} MB ({self.reasons[name]})" for name, size in self.dense.items()]
         return "\n".join(lines)
+
+    def _left(self) -> str:
+        """How many bytes are not quantized, by kind."""
+        dense = sum(self.dense.values())
+        small = self.other_bytes - self.skipped_bytes - dense
+        return (
+            f"{self.other_bytes / 1e6:.1f} MB of it stay as they were: {self.skipped_bytes / 1e6:.1f} MB skipped layers, "
+            f"{dense / 1e6:.1f} MB other matrices (embeddings, routers, ...), {small / 1e6:.2f} MB norms and biases"
+        )
 
 
 # Called with (model, config) after a model was quantized in place. The Transformers integration registers itself here,
@@ -138,16 +162,17 @@ def plan_layers(
     skip: Sequence[str] | None = None,
     layer_bits: Mapping[str, tuple[int, int]] | None = None,
     tied: Collection[str] = (),
+    stacks: Collection[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
-    """Which linear layers to quantize, and which not and why. Needs no weights: works on the meta device.
+    """Which linear layers and expert stacks to quantize, and which not and why. Needs no weights: works on the meta device.
 
     ``skip``: glob patterns of module names; None skips the output head, unless ``layer_bits`` has its exact name, and layers
     that share their weight with another kind of module (tied embeddings), because quantizing those would untie them. A
     module that occurs under several names is planned once, under the first. ``tied``: layers that get the planes of a
-    quantized embedding; they are neither to quantize nor skipped.
+    quantized embedding; they are neither to quantize nor skipped. ``stacks``: names of expert stacks, which come last.
 
     Raises:
-        ConfigError: a pattern of ``skip`` matches no linear layer or a tied one, or one of ``layer_bits`` none that is
+        ConfigError: a pattern of ``skip`` matches no layer or a tied one, or one of ``layer_bits`` none that is
             quantized for itself.
     """
     if isinstance(skip, str):
@@ -160,9 +185,9 @@ def plan_layers(
             if skipped.get(name) == HEAD:
                 del skipped[name]
     for pattern in skip or ():
-        matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
+        matches = [name for name in (*linears, *stacks) if fnmatch.fnmatchcase(name, pattern)]
         if not matches:
-            some = ", ".join(list(linears)[:3]) or "none at all"
+            some = ", ".join([*list(linears)[:3], *list(stacks)[:1]]) or "none at all"
             raise ConfigError(
                 f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like {some}"
             )
@@ -178,7 +203,7 @@ def plan_layers(
             skipped[name] = f"a {type(module).__name__}, which may compute something else than nn.Linear"
     for name in tied:
         skipped.pop(name, None)
-    targets = [name for name in linears if name not in skipped and name not in tied]
+    targets = [name for name in (*linears, *stacks) if name not in skipped and name not in tied]
     for pattern in layer_bits or ():
         _check_bits_pattern(model, pattern, targets, {**dict.fromkeys(tied, "its planes are the embedding's"), **skipped})
     if "" in targets:
@@ -186,7 +211,7 @@ def plan_layers(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: "
             "use TurboQuantLinear.from_linear(model, config)"
         )
-    return targets, {name: skipped[name] for name in linears if name in skipped}
+    return targets, {name: skipped[name] for name in (*linears, *stacks) if name in skipped}
 
 
 def _check_bits_pattern(model: nn.Module, pattern: str, targets: list[str], skipped: dict[str, str]) -> None:
@@ -225,8 +250,11 @@ def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
     return skipped
 
 
-def dense_parameters(model: nn.Module) -> dict[str, int]:
-    """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer and not quantized."""
+def dense_parameters(model: nn.Module, skipped: Collection[str] = ()) -> dict[str, int]:
+    """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer and not quantized.
+
+    ``skipped``: layers that have been reported already; expert stacks among them are left out.
+    """
     linear = {
         id(parameter)
         for module in model.modules()
@@ -236,14 +264,29 @@ def dense_parameters(model: nn.Module) -> dict[str, int]:
     return {
         name: parameter.numel() * _DENSE_BYTES
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in linear
+        if parameter.dim() >= 2 and id(parameter) not in linear and name not in skipped
     }
+
+
+def dense_reasons(model: nn.Module, names: Collection[str], stacks: Mapping[str, str]) -> dict[str, str]:
+    """Why each of these parameters stays dense; ``stacks``: what :func:`find_stacks` says about those it could not use."""
+    reasons = {}
+    for name in names:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name in stacks:
+            reasons[name] = stacks[name]
+        elif isinstance(owner, nn.Embedding):
+            reasons[name] = "an embedding; name it in embeddings to quantize it"
+        else:
+            reasons[name] = f"in a {type(owner).__name__}, which is no linear layer"
+    return reasons
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What is to be done to a model: :func:`prepare` has checked that it can be. ``config`` is that of the checkpoint;
-    ``targets``: linear layers; ``embeddings``: names and settings; ``tied``: heads that get an embedding's planes."""
+    ``targets``: linear layers; ``stacks``: expert stacks and their layouts; ``embeddings``: names and settings; ``tied``:
+    heads that get an embedding's planes; ``left``: parameters that might be stacks, and why they are not quantized."""
 
     model: nn.Module
     config: TurboQuantConfig
@@ -251,6 +294,8 @@ class Job:
     skipped: dict[str, str]
     embeddings: dict[str, TurboQuantConfig]
     tied: dict[str, str]
+    stacks: dict[str, str]
+    left: dict[str, str]
 
 
 def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
@@ -264,18 +309,31 @@ def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
     embeddings = plan_embeddings(model, config)
     tied = tied_heads(model, embeddings)
-    targets, skipped = plan_layers(model, config.skip, config.layer_bits, tied)
-    if not targets and not embeddings:
-        raise QuantizationError(
-            f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
-        )
+    found, left = find_stacks(model, config)
+    layers, skipped = plan_layers(model, config.skip, config.layer_bits, tied, found)
+    if not layers and not embeddings:
+        raise QuantizationError(nothing_to_quantize(model, skipped, left))
+    stacks = {name: found[name] for name in layers if name in found}
+    targets = [name for name in layers if name not in stacks]
     for name in targets:
         reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
     for name in embeddings:
         reference.check_finite(model.get_parameter(f"{name}.weight"), f"{name}: weight")
-    config = config.exact(targets, (name for name in skipped if is_linear(model.get_submodule(name))), embeddings)
+    for name in stacks:
+        for index, matrix in enumerate(model.get_parameter(name)):
+            reference.check_finite(matrix, f"{name}[{index}]")
+    kept = (name for name in skipped if name in found or is_linear(model.get_submodule(name)))
+    config = config.exact(layers, kept, embeddings, stacks)
     own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
-    return Job(model, config, targets, skipped, own, tied)
+    return Job(model, config, targets, skipped, own, tied, stacks, left)
+
+
+def nothing_to_quantize(model: nn.Module, skipped: Mapping[str, str], left: Mapping[str, str]) -> str:
+    """The message of an error."""
+    why = f"{len(skipped)} were skipped ({', '.join(skipped)})"
+    return f"{type(model).__name__} has no linear layer to quantize: {why}" + "".join(
+        f"; {name}: {reason}" for name, reason in left.items()
+    )
 
 
 def quantize_without_data(job: Job, progress: bool) -> list[LayerReport]:
@@ -308,6 +366,13 @@ def quantize_without_data(job: Job, progress: bool) -> list[LayerReport]:
         replace_module(model, name, new)
         layers.append(linear_report(name, new, twin is not None, time.perf_counter() - start))
         del old
+    for name, layout in tqdm(
+        job.stacks.items(), desc="quantizing experts", unit="stack", disable=not progress or not job.stacks
+    ):
+        start = time.perf_counter()
+        stack = TurboQuantExperts.from_parameter(model.get_parameter(name), layout, config.for_layer(name), name=name)
+        replace_parameter(model, name, stack)
+        layers.append(experts_report(name, stack, time.perf_counter() - start))
     return layers
 
 
@@ -318,8 +383,48 @@ def finish(job: Job, layers: list[LayerReport], seconds: float, **notes: Any) ->
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted) * _DENSE_BYTES
     for hook in on_quantized:
         hook(model, job.config)
-    dense = dense_parameters(model)
-    return QuantizationReport(job.config, layers, job.skipped, dense, other, seconds, job.tied, **notes)
+    dense = dense_parameters(model, job.skipped)
+    reasons = dense_reasons(model, dense, job.left)
+    kept = {id(p): p.numel() * _DENSE_BYTES for name in job.skipped for p in _parameters(model, name)}
+    for name in dense:
+        kept.pop(id(model.get_parameter(name)), None)  # a head tied to an embedding
+    return QuantizationReport(
+        job.config,
+        layers,
+        job.skipped,
+        dense,
+        other,
+        seconds,
+        job.tied,
+        reasons=reasons,
+        skipped_bytes=sum(kept.values()),
+        **notes,
+    )
+
+
+def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Those of the layer or stack of this name."""
+    path, _, key = name.rpartition(".")
+    parameter = model.get_submodule(path)._parameters.get(key)
+    return list(model.get_submodule(name).parameters()) if parameter is None else [parameter]
+
+
+def experts_report(name: str, new: TurboQuantExperts, seconds: float) -> LayerReport:
+    """Of an expert stack that is in place."""
+    assert new.quantization_error is not None
+    weights = new.num_experts * new.out_features * new.in_features
+    return LayerReport(
+        name=name,
+        label=new.label,
+        out_features=new.out_features,
+        in_features=new.in_features,
+        error=new.quantization_error,
+        bytes=new.packed.nbytes,
+        dense_bytes=weights * _DENSE_BYTES,
+        seconds=seconds,
+        kind="experts",
+        experts=new.num_experts,
+    )
 
 
 def embedding_report(name: str, new: TurboQuantEmbedding, seconds: float) -> LayerReport:

@@ -34,6 +34,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"linear_inference(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"linear_input_gradient(Tensor grad, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
+_LIBRARY.define(f"experts(Tensor x, Tensor experts, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
+_LIBRARY.define(f"experts_input_gradient(Tensor grad, Tensor experts, {_WEIGHT}, {_LAYOUT}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 
@@ -173,7 +175,58 @@ def _linear_input_gradient_cuda(grad: Tensor, *arguments: Any) -> Tensor:
     return _gradient_kernels()(grad, *arguments)
 
 
+def _experts_by(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``y[i] = x[i] W[experts[i]]^T`` for a stack of matrices, by one call of a :func:`linear` per expert that is used."""
+
+    def op(
+        x: Tensor,
+        experts: Tensor,
+        codes: Tensor,
+        residual: Tensor | None,
+        scales: Tensor,
+        exponents: Tensor,
+        in_features: int,
+        *layout: int,
+    ) -> Tensor:
+        packed = PackedWeight(codes, residual, scales, exponents)
+
+        def multiply(rows: Tensor, expert: int) -> Tensor:
+            return linear(rows, *packed.map(lambda plane: plane[expert]), None, in_features, *layout)
+
+        return reference.routed(x, experts, codes.shape[0], codes.shape[1], multiply)
+
+    return op
+
+
+def _experts_gradient_by(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same for the gradient with respect to ``x``."""
+
+    def op(
+        grad: Tensor,
+        experts: Tensor,
+        codes: Tensor,
+        residual: Tensor | None,
+        scales: Tensor,
+        exponents: Tensor,
+        in_features: int,
+        *layout: int,
+    ) -> Tensor:
+        packed = PackedWeight(codes, residual, scales, exponents)
+
+        def multiply(rows: Tensor, expert: int) -> Tensor:
+            return gradient(rows, *packed.map(lambda plane: plane[expert]), in_features, *layout)
+
+        return reference.routed(grad, experts, codes.shape[0], in_features, multiply)
+
+    return op
+
+
 # The plain-PyTorch reference serves every device but those with kernels of their own.
+_LIBRARY.impl("experts", _experts_by(_linear), "CompositeExplicitAutograd")
+_LIBRARY.impl("experts", _experts_by(_linear_cpu), "CPU")
+_LIBRARY.impl("experts", _experts_by(_linear_cuda), "CUDA")
+_LIBRARY.impl("experts_input_gradient", _experts_gradient_by(_linear_input_gradient), "CompositeExplicitAutograd")
+_LIBRARY.impl("experts_input_gradient", _experts_gradient_by(_linear_input_gradient_cuda), "CUDA")
 for _name in ("linear", "linear_inference"):
     _LIBRARY.impl(_name, _linear, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _linear_cpu, "CPU")
@@ -192,6 +245,16 @@ def _(x, codes, residual, scales, exponents, bias, in_features, bits, residual_b
 @torch.library.register_fake("turboquant_weights::linear_input_gradient", lib=_LIBRARY)
 def _(grad, codes, residual, scales, exponents, in_features, bits, residual_bits, group_size, seed):
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("turboquant_weights::experts", lib=_LIBRARY)
+def _(x, experts, codes, residual, scales, exponents, in_features, bits, residual_bits, group_size, seed):
+    return x.new_empty((x.shape[0], codes.shape[1]))
+
+
+@torch.library.register_fake("turboquant_weights::experts_input_gradient", lib=_LIBRARY)
+def _(grad, experts, codes, residual, scales, exponents, in_features, bits, residual_bits, group_size, seed):
+    return grad.new_empty((grad.shape[0], in_features))
 
 
 @torch.library.register_fake("turboquant_weights::embedding", lib=_LIBRARY)
@@ -227,6 +290,31 @@ def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (again, None, None, None, None, *([None] * len(ctx.layout)))
 
 
+def _experts_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, experts, codes, residual, scales, exponents, *layout = inputs
+    ctx.save_for_backward(experts, codes, residual, scales, exponents)
+    ctx.layout = layout
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    back = torch.ops.turboquant_weights.experts_input_gradient(grad, *ctx.saved_tensors, *ctx.layout)
+    return (back, *([None] * (5 + len(ctx.layout))))
+
+
+def _experts_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    again = torch.ops.turboquant_weights.experts(grad, *ctx.saved_tensors, *ctx.layout)
+    return (again, *([None] * (5 + len(ctx.layout))))
+
+
+torch.library.register_autograd(
+    "turboquant_weights::experts", _experts_backward, setup_context=_experts_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "turboquant_weights::experts_input_gradient",
+    _experts_gradient_backward,
+    setup_context=_experts_setup_context,
+    lib=_LIBRARY,
+)
 torch.library.register_autograd("turboquant_weights::linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(
     "turboquant_weights::linear_input_gradient",
@@ -236,6 +324,7 @@ torch.library.register_autograd(
 )
 
 embedding = torch.ops.turboquant_weights.embedding
+experts = torch.ops.turboquant_weights.experts.default
 _differentiable = torch.ops.turboquant_weights.linear.default
 _inference = torch.ops.turboquant_weights.linear_inference.default
 

@@ -37,9 +37,18 @@ class PackedPlanes(nn.Module):
     quantization_error: float | None
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> Any:
         """Rows and columns of the weight."""
         raise NotImplementedError
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns that the planes hold: ``shape``, unless the weight is a stack of matrices."""
+        return self.shape
+
+    def _stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a plane that has this one for a single matrix."""
+        return shape
 
     def _init_planes(
         self, config: TurboQuantConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -51,11 +60,11 @@ class PackedPlanes(nn.Module):
         self.seed = config.seed
         self.quantization_error = None
         self.dense_dtype = dtype or torch.get_default_dtype()
-        shapes = packed_shapes(*self.shape, config.bits, config.residual_bits)
+        shapes = packed_shapes(*self.matrix, config.bits, config.residual_bits)
         for plane in PLANES:
             if plane in shapes:
                 shape, plane_dtype = shapes[plane]
-                data = torch.zeros(shape, dtype=plane_dtype, device=device)
+                data = torch.zeros(self._stored(shape), dtype=plane_dtype, device=device)
                 self.register_parameter(plane, nn.Parameter(data, requires_grad=False))
             else:
                 self.register_parameter(plane, None)
@@ -122,7 +131,7 @@ class PackedPlanes(nn.Module):
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: planes, scales and exponents over rows * columns."""
-        rows, columns = self.shape
+        rows, columns = self.matrix
         return 8 * self.packed.nbytes / (rows * columns)
 
     def reset_parameters(self) -> None:

@@ -87,6 +87,17 @@ class PackedWeight(NamedTuple):
         residual = None if self.residual is None else change(self.residual)
         return PackedWeight(change(self.codes), residual, change(self.scales), change(self.exponents))
 
+    @classmethod
+    def stack(cls, parts: list[PackedWeight]) -> PackedWeight:
+        """Matrices of one shape behind one another: planes with a dimension more."""
+        residuals = [part.residual for part in parts if part.residual is not None]
+        return cls(
+            torch.stack([part.codes for part in parts]),
+            torch.stack(residuals) if residuals else None,
+            torch.stack([part.scales for part in parts]),
+            torch.stack([part.exponents for part in parts]),
+        )
+
     def rows(self, start: int, stop: int) -> PackedWeight:
         """Rows ``start`` to ``stop - 1`` as a matrix of their own."""
         return self.map(lambda plane: plane[start:stop])
@@ -413,6 +424,31 @@ def linear_input_gradient(
         start = stop
     assert total is not None
     return unrotate(total, block, seed)[..., :in_features].to(grad.dtype).contiguous()
+
+
+def routed(x: Tensor, experts: Tensor, count: int, width: int, multiply: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``x`` [s, k] and the expert of each row, integers [s], to [s, width]: ``multiply(rows, e)`` is called once for each
+    expert that has rows. A row whose expert is ``count`` or more (what expert parallelism gives away) becomes zeros.
+
+    The rows are sorted by expert first; their number per expert is the only thing that is waited for on a GPU.
+    """
+    order = experts.argsort(stable=True)
+    sizes = torch.bincount(experts, minlength=count)[:count].tolist()
+    given = x[order]
+    parts = []
+    start = 0
+    for expert, size in enumerate(sizes):
+        if size:
+            parts.append(multiply(given[start : start + size], expert))
+            start += size
+    if start < len(order):
+        parts.append(x.new_zeros(len(order) - start, width))
+    if not parts:
+        return x.new_zeros(0, width)
+    # Put back by a gather, not by writing into an empty tensor: that has a gradient, and no duplicates.
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return torch.cat(parts)[inverse]
 
 
 def _row_chunks(packed: PackedWeight) -> list[PackedWeight]:

@@ -39,7 +39,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 | columns per rotation | up to {config.group_size} |
 | seed | {config.seed} |
 | embeddings | {embeddings} |
-| linear layers left as they were | {skipped} |
+{experts}| linear layers left as they were | {skipped} |
 {provenance}"""
 
 _BASE_ONLY = "\n`turboquant_weights.load(folder, base_only=True)` loads the base planes alone."
@@ -60,6 +60,7 @@ def model_card(title: str, config: TurboQuantConfig) -> str:
         bits=_bits(config),
         embeddings=", ".join(f"`{name}`: {_label(*bits)}" for name, bits in (config.embeddings or {}).items())
         or "left as they were",
+        experts=f"| quantized stacks of experts | {len(config.experts)} |\n" if config.experts else "",
         base_only=_BASE_ONLY if config != config.base_only() else "",
         skipped=", ".join(f"`{name}`" for name in config.skip or ()) or "none",
         provenance="".join(f"| {key} | `{value}` |\n" for key, value in source.items()),

@@ -55,11 +55,13 @@ from ..checkpoint import (
 from ..config import QUANT_METHOD, TurboQuantConfig
 from ..embedding import TurboQuantEmbedding
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
+from ..experts import TurboQuantExperts, find_stacks, replace_parameter
 from ..header import TensorInfo, read_header
 from ..linear import TurboQuantLinear, is_conv1d, is_linear
 from ..planes import PLANES, PackedPlanes
 from ..reference import MAX_EXPONENT, quantize_weight
 from ..tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
+from .experts import use_stacks
 from .model_card import LOAD_WITH, model_card
 from .tied import stored_modules, tie_planes, untie_planes
 
@@ -109,6 +111,10 @@ class QuantizeLinear(ConversionOps):
                 planes, names = self.quantizer.quantize_embedding(kwargs["model"], layer, tensor)
                 out.update((name, [plane]) for name, plane in planes.items())
                 missing.difference_update(names)
+            elif key in self.quantizer.stacks:
+                planes = self.quantizer.quantize_stack(kwargs["model"], key, tensor)
+                out.update((name, [plane]) for name, plane in planes.items())
+                missing.discard(key)
             elif parameter == "weight" and layer in self.quantizer.pending:
                 out.update((name, [plane]) for name, plane in self.quantizer.quantize_layer(layer, tensor).items())
                 missing.discard(key)
@@ -129,6 +135,10 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self.pending: dict[str, list[tuple[nn.Module, str]]] = {}
         # Name of each module that shares its weight with an embedding to be quantized, itself included -> that embedding.
         self.embeddings: dict[str, str] = {}
+        # Expert stacks to be quantized -> their layouts; emptied as they arrive.
+        self.stacks: dict[str, str] = {}
+        self._arriving: list[str] = []
+        self._left: dict[str, str] = {}
         self.drops_residual = self.pre_quantized and _base_only.get()
         self._skipped: list[str] = []
         self._planned: dict[str, tuple[int, int]] = {}
@@ -161,12 +171,12 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         layer, _, parameter = param_name.rpartition(".")
-        return parameter == "weight" and (layer in self.pending or layer in self.embeddings)
+        return param_name in self.stacks or (parameter == "weight" and (layer in self.pending or layer in self.embeddings))
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element, so that ``device_map="auto"`` plans with the quantized size."""
         if self.param_needs_quantization(model, param_name):
-            config = self._config_of(param_name.rpartition(".")[0])
+            config = self._config_of(param_name if param_name in self.stacks else param_name.rpartition(".")[0])
             return (config.total_bits + 0.25) / 8  # a scale byte per 32 columns is 0.25 bit
         return param.element_size()
 
@@ -191,9 +201,15 @@ class TurboQuantHfQuantizer(HfQuantizer):
             self._plan(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any | None = None) -> list[Any]:
-        """Changes nothing. It is the one moment at which Transformers has the final names and has read no tensor yet."""
+        """The one moment at which Transformers has the final names and has read no tensor yet.
+
+        Our checkpoints have the model's own names, so what would merge, split or transpose tensors on the way has no work to
+        do; but some of its patterns are beginnings of names and would take ``experts.gate_up_proj.codes`` for
+        ``experts.gate_up_proj``. Such conversions are left out.
+        """
         if self._loading is not None:
             model, files = self._loading
+            weight_conversions = _without_conversions_of(model, weight_conversions)
             _check_manifest(self._stored_config, files)
             _check_files(model, files, weight_conversions, self.drops_residual)
             self._loading = None
@@ -207,24 +223,33 @@ class TurboQuantHfQuantizer(HfQuantizer):
             _check_exponents(model)
         else:
             unseen = {name for name in self._planned if not isinstance(model.get_submodule(name), TurboQuantEmbedding)}
-            for name in (*self.pending, *unseen):
+            for name in (*self.pending, *self.stacks, *unseen):
                 logger.warning(f"{name} stays dense: the checkpoint has no weight for it, so there was nothing to quantize")
-            for name, size in walker.dense_parameters(model).items():
-                if model.get_parameter(name).dim() > 2:  # fused experts, mostly; embeddings are no surprise
-                    logger.warning(f"{name} stays dense ({size / 1e6:.1f} MB in bf16): it belongs to no linear layer")
+            dense = walker.dense_parameters(model, self._skipped)
+            for name, reason in walker.dense_reasons(model, dense, self._left).items():
+                if model.get_parameter(name).dim() > 2 and name not in self.stacks:  # embeddings are no surprise
+                    logger.warning(f"{name} stays dense ({dense[name] / 1e6:.1f} MB in bf16): {reason}")
             skipped = {
                 *self._skipped,
                 *self.pending,
+                *self.stacks,
                 *(name for name, source in self.embeddings.items() if source in unseen),
             }
-            order = tuple(name for name, module in model.named_modules() if name in skipped and is_linear(module))
+            order = [name for name, module in model.named_modules() if name in skipped and is_linear(module)]
+            order += [name for name, _ in model.named_parameters() if name in skipped]
             embeddings = {name: bits for name, bits in self._planned.items() if name not in unseen}
-            linears = (name for name, module in stored_modules(model).items() if isinstance(module, TurboQuantLinear))
-            config = dataclasses.replace(config.exact(linears, order, embeddings), source=_provenance(model))
-            self.pending, self.embeddings = {}, {}
+            modules = stored_modules(model)
+            stacks = {name: module for name in self._arriving if isinstance(module := modules.get(name), TurboQuantExperts)}
+            experts = {name: stack.layout for name, stack in stacks.items()}
+            for name, stack in stacks.items():  # they arrive in any order: state dicts list them in the model's
+                replace_parameter(model, name, stack)
+            layers = [name for name, module in modules.items() if not isinstance(module, TurboQuantEmbedding)]
+            config = dataclasses.replace(config.exact(layers, order, embeddings, experts), source=_provenance(model))
+            self.pending, self.embeddings, self.stacks = {}, {}, {}
             self.pre_quantized = True
         self.quantization_config = config
         model.config.quantization_config = config
+        use_stacks(model)
         _save_own_names(model)
         return model
 
@@ -234,7 +259,8 @@ class TurboQuantHfQuantizer(HfQuantizer):
         config, first = _live_config(model, self.quantization_config)
         if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved, and they are no skips
             self.quantization_config = model.config.quantization_config = config
-        state[f"{first}.weight"] = torch.empty(0, dtype=model.dtype)
+        stack = isinstance(model.get_submodule(first), TurboQuantExperts)
+        state[first if stack else f"{first}.weight"] = torch.empty(0, dtype=model.dtype)
         return state, {QUANT_METHOD: turboquant_weights.__version__}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -245,9 +271,13 @@ class TurboQuantHfQuantizer(HfQuantizer):
         modules |= {name: module for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
         weights: dict[str, nn.Parameter] = {}  # sources come before what is tied to them
         for name, module in modules.items():
+            if isinstance(module, TurboQuantExperts):
+                replace_parameter(model, name, nn.Parameter(module.dequantize(dtype)))
+                continue
             dense = _dense_layer(module, skeleton.get_submodule(name), dtype, weights.get(tied.get(name, "")))
             weights[name] = dense.get_parameter("weight")
             replace_module(model, name, dense)
+        use_stacks(model)
         untie_planes(model, skeleton)
         return model
 
@@ -257,11 +287,13 @@ class TurboQuantHfQuantizer(HfQuantizer):
         config = self.quantization_config
         self._planned = plan_embeddings(model, config)
         heads = tied_heads(model, self._planned)
-        targets, skipped = walker.plan_layers(model, config.skip, config.layer_bits, heads)
+        stacks, self._left = find_stacks(model, config)
+        targets, skipped = walker.plan_layers(model, config.skip, config.layer_bits, heads, stacks)
         if not targets and not self._planned:
-            raise QuantizationError(
-                f"{type(model).__name__} has no linear layer to quantize: {len(skipped)} were skipped ({', '.join(skipped)})"
-            )
+            raise QuantizationError(walker.nothing_to_quantize(model, skipped, self._left))
+        self.stacks = {name: stacks[name] for name in targets if name in stacks}
+        self._arriving = list(self.stacks)
+        targets = [name for name in targets if name not in stacks]
         tied = model.all_tied_weights_keys
         both = {f"{name}.weight" for name in targets} & {*tied.keys(), *tied.values()}
         if both:
@@ -335,6 +367,23 @@ class TurboQuantHfQuantizer(HfQuantizer):
             setattr(parent, child_name, layer)
         return {f"{name}.{plane}": tensor for plane in PLANES if (tensor := getattr(layer, plane)) is not None}
 
+    def quantize_stack(self, model: Any, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """The same for the parameter ``name`` that holds a matrix per expert."""
+        if self._failure is not None:
+            return {}
+        placeholder = model.get_parameter(name)
+        try:
+            config = self.quantization_config.for_layer(name)
+            stack = TurboQuantExperts.from_parameter(weight, self.stacks[name], config, name=name)
+        except TurboQuantError as error:
+            self._failure = error
+            return {}
+        stack.dense_dtype = placeholder.dtype
+        stack._is_hf_initialized = True  # type: ignore[assignment]
+        del self.stacks[name]
+        replace_parameter(model, name, stack)
+        return {f"{name}.{plane}": tensor for plane in PLANES if (tensor := getattr(stack, plane)) is not None}
+
     # -- pre-quantized
 
     def _declare_layers(self, model: Any) -> None:
@@ -348,6 +397,15 @@ class TurboQuantHfQuantizer(HfQuantizer):
         config = dataclasses.replace(
             config, layer_bits=layer_bits, embeddings=_with_and_without_prefix(model, config.embeddings or {})
         )
+        layouts = _with_and_without_prefix(model, config.experts or {})
+        for name, parameter in list(model.named_parameters()):
+            if name in layouts and parameter.dim() == 3:
+                count, *lying = parameter.shape
+                rows, columns = lying if layouts[name] == "out_in" else lying[::-1]
+                stack = TurboQuantExperts(
+                    count, columns, rows, layouts[name], config.for_layer(name), "meta", parameter.dtype
+                )
+                replace_parameter(model, name, stack)
         for name, module in list(model.named_modules()):
             own = config.for_embedding(name)
             if isinstance(module, nn.Embedding) and own is not None:
@@ -364,10 +422,10 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
 
 def _mark_as_initialized(model: Any) -> None:
-    """There is nothing to initialise in linear layers: :func:`_check_files` sees to it that all planes come. An embedding
-    may have a scale that Transformers must set; its weight carries a mark of its own."""
+    """There is nothing to initialise in linear layers and experts: :func:`_check_files` sees to it that all planes come. An
+    embedding may have a scale that Transformers must set; its weight carries a mark of its own."""
     for module in model.modules():
-        if isinstance(module, TurboQuantLinear):
+        if isinstance(module, (TurboQuantLinear, TurboQuantExperts)):
             module._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -403,7 +461,8 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
         name
         for name, module in model.named_modules()
         if is_linear(module) or (isinstance(module, nn.Embedding) and not isinstance(module, PackedPlanes))
-    }
+    } | {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    stacks = {name for name, module in layers.items() if isinstance(module, TurboQuantExperts)}
     expected = set()
     for name, tensor in stored.items():
         disk_layer, _, part = tensor.name.rpartition(".")
@@ -411,7 +470,7 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
         if part == "codes" and {disk_layer, f"{model.base_model_prefix}.{disk_layer}"} & dense:
             raise FormatError(
                 f"{tensor.name} is stored, but config.json lists {disk_layer} under skip, or an embedding not under "
-                "embeddings: restore its config.json"
+                "embeddings, or a stack not under experts: restore its config.json"
             )
         if owner is not None and part == "residual" and owner.residual is None:
             if not drops_residual:
@@ -419,10 +478,23 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
                     f"{name} is stored, but config.json gives this layer no residual bits: restore its config.json"
                 )
             expected.add(name)
-        elif owner is not None and part == "weight" and tensor.shape == (0,):
+        elif tensor.shape == (0,) and (name in stacks or (owner is not None and part == "weight")):
             expected.add(name)
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in expected}
+
+
+def _without_conversions_of(model: Any, conversions: list[Any]) -> list[Any]:
+    """``conversions`` without those that would change a plane on its way from the file."""
+    from transformers.core_model_loading import WeightConverter
+
+    names = [f"{name}.{plane}" for name in stored_modules(model) for plane in PLANES]
+
+    def takes_plane(conversion: Any) -> bool:
+        conversion = copy.deepcopy(conversion)  # it counts its uses
+        return any(conversion.rename_source_key(name)[1] is not None for name in names)
+
+    return [entry for entry in conversions if not isinstance(entry, WeightConverter) or not takes_plane(entry)]
 
 
 def _check_manifest(config: TurboQuantConfig, files: list[str]) -> None:
@@ -495,8 +567,10 @@ def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig
         raise ConfigError(
             f"this {type(model).__name__} has no quantized layer left: call model.dequantize() before saving a dense model"
         )
+    experts = {name: module.layout for name, module in modules.items() if isinstance(module, TurboQuantExperts)}
     linears = {name: module for name, module in modules.items() if isinstance(module, TurboQuantLinear)}
-    first = next(iter(linears or modules))
+    embeddings = [name for name in modules if name not in linears and name not in experts]
+    first = next(iter(linears or embeddings or experts))
     shared = {field: modules[first].settings[field] for field in ("group_size", "seed")}
     for name, module in modules.items():
         for field, value in shared.items():
@@ -514,9 +588,19 @@ def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig
                 "make them alike, e.g. with base_only_() on both"
             )
     bits = {name: (module.bits, module.residual_bits) for name, module in modules.items()}
-    live = dataclasses.replace(config, layer_bits={name: bits[name] for name in linears}, **shared)
-    skip = (name for name, module in model.named_modules() if is_linear(module))
-    return live.exact(linears, skip, {name: bits[name] for name in bits.keys() - linears.keys()}), first
+    layers = [*linears, *experts]
+    live = dataclasses.replace(config, layer_bits={name: bits[name] for name in layers}, **shared)
+    skip = [name for name, module in model.named_modules() if is_linear(module)]
+    skip += [name for name in config.skip or () if name not in skip and name not in layers and _is_parameter(model, name)]
+    return live.exact(layers, skip, {name: bits[name] for name in embeddings}, experts), first
+
+
+def _is_parameter(model: Any, name: str) -> bool:
+    path, _, key = name.rpartition(".")
+    try:
+        return key in model.get_submodule(path)._parameters
+    except AttributeError:
+        return False
 
 
 def _provenance(model: Any) -> dict[str, str]:
@@ -544,6 +628,7 @@ def attach(model: Any, config: TurboQuantConfig) -> None:
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     model.config.quantization_config = config
+    use_stacks(model)
     _save_own_names(model)
     tie_planes(model)
     tied = model.all_tied_weights_keys
