@@ -112,7 +112,10 @@ def test_info_of_a_mixed_checkpoint(tmp_path, sharded):
         (lambda c: c["embeddings"].update({"model.embed": [2, 1]}), ("model.embed.residual", "with 2+1 bits")),
         (lambda c: c["embeddings"].update({"model.*": [2, 2]}), ("embeddings has 'model.*'", "only exact names")),
         (lambda c: c["embeddings"].update({"model.mlp": [3, 1]}), ("'model.mlp'", "under layer_bits and under embeddings")),
-        (lambda c: c["embeddings"].update({"model.mlp": [3, 1]}) or c.pop("layer_bits"), ("model.mlp.bias", "has no bias")),
+        (
+            lambda c: c["embeddings"].update({"model.mlp": [3, 1]}) or c["layer_bits"].pop("model.mlp"),
+            ("model.mlp.bias", "has no bias"),
+        ),
         (lambda c: c["embeddings"].update({"model.embed": 4}), ("embeddings['model.embed'] is 4",)),
         (lambda c: c.update(skip=["model.embed"]), ("'model.embed'", "one or the other")),
     ],
@@ -129,13 +132,17 @@ def test_rules_for_embeddings(tmp_path, edit, texts):
         (lambda c: c.pop("experts"), ("model.experts.down.scales", "matrix [out_features, columns / 32]")),
         (
             lambda c: c["experts"].update({"model.mlp": "out_in"}),
-            ("model.mlp.scales", "[experts, out_features, columns / 32]"),
+            ("'model.mlp.bias'", "a stack of experts has no such tensor"),
         ),
         (lambda c: c["experts"].update({"model.*": "out_in"}), ("experts has 'model.*'", "only exact names")),
         (lambda c: c["experts"].update({"model.embed": "out_in"}), ("'model.embed'", "under experts and under embeddings")),
         (lambda c: c["experts"].update({"model.experts.up": "up"}), ("experts['model.experts.up'] is 'up'",)),
         (lambda c: c.update(skip=["model.experts.up"]), ("'model.experts.up'", "one or the other")),
         (lambda c: c["layer_bits"].pop("model.experts.down"), ("model.experts.down.codes", "with 4+2 bits")),
+        (
+            lambda c: c.update(experts=dict.fromkeys(["model.experts.up", "model.experts.down", "model.attn"], "in_out")),
+            ("'model.attn.weight'", "a stack of experts has no such tensor"),
+        ),
     ],
 )
 def test_rules_for_experts(tmp_path, edit, texts):

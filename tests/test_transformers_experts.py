@@ -173,7 +173,9 @@ def test_computes_what_its_decoded_weights_do(dense, tmp_path):
     assert not stacks_of(back)
     torch.testing.assert_close(logits(back), logits(expected), rtol=0, atol=3e-4 * float(original.abs().max()))
     back.save_pretrained(tmp_path / "dense")
-    assert_same_bits(load_model(tmp_path / "dense"), back)
+    loaded = load_model(tmp_path / "dense").state_dict()
+    assert loaded.keys() == back.state_dict().keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in back.state_dict().items())
 
 
 def test_base_planes_alone(checkpoint):

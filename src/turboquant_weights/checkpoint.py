@@ -328,9 +328,8 @@ def _sort_tensors(
         elif (part := name[len(owner) + 1 :]) in ("bias", "weight") and owner not in (config.experts or {}):
             quantized[owner][part] = tensor
         elif part not in PLANES:
-            raise FormatError(
-                f"{short(name)}: a quantized layer has no such tensor: allowed are {', '.join(PLANES)} and bias"
-            )
+            kind, bias = ("stack of experts", "") if owner in (config.experts or {}) else ("quantized layer", " and bias")
+            raise FormatError(f"{short(name)}: a {kind} has no such tensor: allowed are {', '.join(PLANES)}{bias}")
     for field in ("layer_bits", "embeddings", "experts"):
         for name in getattr(config, field) or ():
             if name not in quantized:
