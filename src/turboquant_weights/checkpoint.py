@@ -181,7 +181,7 @@ def validate(folder: str | os.PathLike[str]) -> CheckpointInfo:
     config, architecture = _read_config(root)
     headers = _read_headers(root)
     tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
-    layers, others = _sort_tensors(tensors, config)
+    layers, others = check_tensors(tensors, config)
     names = [CONFIG_FILE, *([INDEX_FILE] if (root / INDEX_FILE).exists() else []), *headers]
     has_manifest = (root / MANIFEST_FILE).exists()
     if has_manifest:
@@ -305,7 +305,7 @@ def _read_headers(root: Path) -> dict[str, Header]:
     return headers
 
 
-def _sort_tensors(
+def check_tensors(
     tensors: dict[str, TensorInfo], config: TurboQuantConfig
 ) -> tuple[tuple[LayerInfo, ...], tuple[TensorInfo, ...]]:
     """Splits the tensors into quantized layers, each complete and consistent, and the rest."""

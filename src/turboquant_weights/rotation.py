@@ -26,8 +26,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SCALE_BLOCK = 32  # columns that share one scale; the smallest rotation block
+SIGN_WORD = 64  # columns whose signs are one number of SplitMix64
 _MASK64 = (1 << 64) - 1
-_WORD = 64
+_STEP = 0x9E3779B97F4A7C15  # of SplitMix64's state
 
 
 def padded_features(in_features: int) -> int:
@@ -69,16 +70,29 @@ def cached_constant(build: Callable[P, T]) -> Callable[P, T]:
 
 def sign_word(seed: int, index: int) -> int:
     """The ``index``-th output of SplitMix64 (Steele, Lea, Flood 2014) started at ``seed``: 64 signs."""
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    z = (seed + (index + 1) * _STEP) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     return z ^ (z >> 31)
 
 
+def seed_from_column(seed: int, column: int) -> int:
+    """The seed whose signs of columns 0, 1, ... are those that ``seed`` has from ``column`` on, a multiple of 64: a range of
+    columns is rotated as a matrix of its own. SplitMix64's state is a sum, so it can start anywhere. In the range of int64,
+    for ops.
+
+    >>> signs(7, 192)[128:].equal(signs(seed_from_column(7, 128), 64))
+    True
+    """
+    assert column % SIGN_WORD == 0, column
+    state = (seed + column // SIGN_WORD * _STEP) & _MASK64
+    return state - (1 << 64) if state >> 63 else state
+
+
 @cached_constant
 def _signs(seed: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    words = (sign_word(seed, i) for i in range(-(-columns // _WORD)))
-    values = [-1.0 if (word >> bit) & 1 else 1.0 for word in words for bit in range(_WORD)]
+    words = (sign_word(seed, i) for i in range(-(-columns // SIGN_WORD)))
+    values = [-1.0 if (word >> bit) & 1 else 1.0 for word in words for bit in range(SIGN_WORD)]
     return torch.tensor(values[:columns], dtype=dtype).to(device)
 
 

@@ -1,0 +1,242 @@
+"""vLLM's configuration of the method: which of its layers holds which layers of the checkpoint, and with which bits.
+
+A checkpoint in a folder is checked completely, headers and manifest, before vLLM builds the model; one on the hub as far as
+its headers go. vLLM's names differ from those of the checkpoint: models merge layers (``packed_modules_mapping``) and
+rename them (``apply_vllm_mapper``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from ...checkpoint import LayerInfo, check_tensors, check_values, validate
+from ...config import QUANT_METHOD, TurboQuantConfig
+from ...errors import ConfigError, FormatError
+from ...header import TensorInfo
+from ...rotation import padded_features
+from .methods import TurboQuantLinearMethod, TurboQuantVocabMethod
+
+logger = init_logger(__name__)
+
+_BASE_ONLY = "base_only"
+# Embeddings and heads that a model builds without telling their names.
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+
+
+@register_quantization_config(QUANT_METHOD)
+class TurboQuantVllmConfig(QuantizationConfig):
+    """``stored`` is the configuration of a quantized checkpoint; None means that a dense one is quantized while it loads."""
+
+    def __init__(self, stored: TurboQuantConfig | None = None) -> None:
+        super().__init__()
+        self.stored = stored
+        self.layers: dict[str, LayerInfo] = {}  # by vLLM's names: the quantized layers of the checkpoint
+        self.skip: tuple[str, ...] = stored.skip or () if stored else ()
+        self.ties_head = False
+        self.claimed: set[str] = set()  # of the names in the checkpoint
+        self.is_partial = False  # whether vLLM may rightly build a part of the model
+        self._settings: TurboQuantConfig | None = None
+
+    # -- what vLLM asks
+
+    def get_name(self) -> Any:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TurboQuantVllmConfig:
+        return cls(TurboQuantConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Reads and checks the headers of the checkpoint: the one call before the model is built that has its name."""
+        text = hf_config.get_text_config() if hf_config is not None else None
+        self.ties_head = bool(getattr(text, "tie_word_embeddings", False))
+        if self.stored is None:
+            return
+        layers: Sequence[LayerInfo]
+        if os.path.isdir(model_name):
+            info = validate(model_name)
+            check_values(info)
+            layers = info.layers
+        else:
+            layers = _layers_on_the_hub(model_name, revision, self.stored)
+        self.layers = {layer.name: layer for layer in layers}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self.skip = tuple(hf_to_vllm_mapper.apply_list(list(self.skip)))
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]  # asked when the model is built
+        self.check_claimed()
+        return WeightsMapper()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        engine = get_current_vllm_config()
+        multimodal = engine.model_config is not None and engine.model_config.is_multimodal_model
+        self.is_partial = multimodal or engine.parallel_config.pipeline_parallel_size > 1
+        if isinstance(layer, LinearBase):
+            return self._linear(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary(layer, prefix)
+        return None
+
+    # -- decisions
+
+    @property
+    def settings(self) -> TurboQuantConfig:
+        """What the layers are computed with: that of the checkpoint, perhaps without residual planes, or the user's."""
+        if self._settings is None:
+            options = dict(get_current_vllm_config().additional_config.get(QUANT_METHOD, {}))  # type: ignore[union-attr]
+            if self.stored is None:
+                self._settings = _from_options(options)
+            else:
+                base_only = options.pop(_BASE_ONLY, False)
+                if options or not isinstance(base_only, bool):
+                    raise ConfigError(
+                        f"additional_config has {QUANT_METHOD} = {options or {_BASE_ONLY: base_only}}: for a quantized "
+                        f"checkpoint it may hold {_BASE_ONLY!r}, true or false, alone; the rest is in the checkpoint"
+                    )
+                self._settings = self.stored.base_only() if base_only else self.stored
+        return self._settings
+
+    def _linear(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
+        parent, _, last = prefix.rpartition(".")
+        members = self.packed_modules_mapping.get(last, [last])
+        names = [f"{parent}.{member}" if parent else member for member in members]
+        if self.stored is not None:
+            infos = [self.layers.get(name) for name in names]
+            configs = [None if info is None else self._claim(info) for info in infos]
+            names = [name if info is None else info.name for name, info in zip(names, infos, strict=True)]
+            for info in infos:
+                if info is not None:
+                    _check_columns(info, layer.input_size, prefix)
+        else:
+            # A router decides by small differences and is small: it stays dense unless its layer is built as any other.
+            configs = [None if isinstance(layer, GateLinear) or self._skips(name) else self.settings.for_layer(name) for name in names]
+        if not any(configs):
+            return UnquantizedLinearMethod()
+        return TurboQuantLinearMethod(names, configs, self.settings, self.stored is None)
+
+    def _vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        is_head = isinstance(layer, ParallelLMHead)
+        if self.stored is None:
+            return self._new_vocabulary(is_head, prefix)
+        embeddings = {name: info for name, info in self.layers.items() if info.kind == "embedding"}
+        if is_head:
+            head = self.layers.get(prefix or _HEAD)
+            if head is None:
+                tied = embeddings and (prefix or _HEAD) not in self.skip
+                return TurboQuantVocabMethod(None, None, False) if tied else None
+            info = head
+        elif prefix:
+            if prefix not in embeddings:
+                return None
+            info = embeddings[prefix]
+        else:
+            if len(embeddings) > 1:
+                raise ConfigError(
+                    f"the checkpoint has quantized embeddings {', '.join(embeddings)}, and this model does not tell vLLM "
+                    "which is which: leave embeddings dense to serve it"
+                )
+            if not embeddings:
+                return None
+            (info,) = embeddings.values()
+        _check_columns(info, layer.embedding_dim, prefix or info.name)
+        return TurboQuantVocabMethod(info.name, self._claim(info), False)
+
+    def _new_vocabulary(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
+        if not is_head:
+            name = prefix or _EMBEDDING
+            config = self.settings.for_embedding(name)
+            return None if config is None else TurboQuantVocabMethod(name, config, True)
+        if self.ties_head:
+            return TurboQuantVocabMethod(None, None, True) if self.settings.embeddings else None
+        name = prefix or _HEAD
+        if self.settings.skip is None or self._skips(name):  # as everywhere: a head is quantized only if it is asked for
+            return None
+        return TurboQuantVocabMethod(name, self.settings.for_layer(name), True)
+
+    def _skips(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.skip or ())
+
+    def _claim(self, info: LayerInfo) -> TurboQuantConfig:
+        self.claimed.add(info.name)
+        own = self.settings.for_embedding(info.name)
+        return own or self.settings.for_layer(info.name)
+
+    def check_claimed(self) -> None:
+        """Every quantized layer of the checkpoint must have a place in the model, or vLLM would compute without it.
+
+        Raises:
+            FormatError: one has none.
+        """
+        lost = [info.name for info in self.layers.values() if info.name not in self.claimed]
+        if not lost:
+            return
+        message = f"{len(lost)} quantized layers have no place in vLLM's model, e.g. {lost[0]}"
+        if self.is_partial:
+            logger.info(message)
+            return
+        raise FormatError(
+            f"{message}: vLLM merges or names layers in a way that this package does not know, or the checkpoint belongs to "
+            "another model. Quantize the model without these layers (skip), and tell us which model it is"
+        )
+
+
+def _from_options(options: dict[str, Any]) -> TurboQuantConfig:
+    """Settings of a model that is quantized while it loads."""
+    if _BASE_ONLY in options:
+        raise ConfigError(
+            f"additional_config has {_BASE_ONLY!r}: this checkpoint is not quantized yet. Give the bits instead, e.g. "
+            f'{{"{QUANT_METHOD}": {{"bits": 4, "residual_bits": 0}}}}'
+        )
+    for name in ("source", "format_version"):
+        if name in options:
+            raise ConfigError(f"additional_config has {name!r}: it is no setting of quantization, leave it out")
+    return TurboQuantConfig.from_dict(options)
+
+
+def _check_columns(info: LayerInfo, in_features: int, prefix: str) -> None:
+    if padded_features(in_features) != info.columns:
+        raise FormatError(
+            f"{info.name} is stored with {info.columns} columns: {prefix} of this model has {in_features} inputs, "
+            f"{padded_features(in_features)} columns. The checkpoint belongs to another model; fetch it again"
+        )
+
+
+def _layers_on_the_hub(model_name: str, revision: str | None, config: TurboQuantConfig) -> Sequence[LayerInfo]:
+    """The quantized layers, from the headers of the files, which nobody has downloaded yet."""
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    tensors = {}
+    for name, entry in get_safetensors_params_metadata(model_name, revision=revision).items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), begin, end - begin)
+    if not tensors:
+        raise FormatError(
+            f"{model_name}: the headers of its files cannot be read from the hub. Download it, and serve the folder"
+        )
+    return check_tensors(tensors, config)[0]

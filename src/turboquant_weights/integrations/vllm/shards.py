@@ -1,0 +1,235 @@
+"""A linear layer or an embedding of a tensor-parallel engine, on packed planes. Imports no engine: a GPU without one tests it.
+
+An engine merges layers with one input (q/k/v, gate/up) into one and gives every rank a part: some rows of each layer
+(column parallel) or a range of its columns (row parallel). Rows of a quantized matrix are independent, so any of them
+may be kept alone or beside others with the same bits; these make up a :class:`Run`, one op call and one rotation. A range
+of columns is cut where the rotation allows, at multiples of its block. A block that two ranks share is kept by both; each
+puts zeros where its part of the activation ends, so the sum over the ranks is exact and no weight is ever quantized again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...config import TurboQuantConfig
+from ...errors import FormatError
+from ...planes import PLANES
+from ...reference import MAX_EXPONENT, MIN_EXPONENT, packed_shapes, quantize_weight
+from ...rotation import SIGN_WORD, padded_features, rotation_block, seed_from_column
+
+
+class Shard(NamedTuple):
+    """One layer of the checkpoint inside a merged one: its ``name`` there, ``rows`` on this rank, and its own bits (None: it
+    is dense)."""
+
+    name: str
+    rows: int
+    config: TurboQuantConfig | None
+
+
+class Window(NamedTuple):
+    """The columns of a matrix [n, in_features] that one rank keeps, and how to multiply with them.
+
+    ``first`` to ``last - 1`` are the stored columns; ``before`` and ``after`` zeros complete the activation; the other
+    three are what the op is told: the kept matrix is an ordinary one of this size, block and seed.
+    """
+
+    first: int
+    last: int
+    before: int
+    after: int
+    in_features: int
+    group_size: int
+    seed: int
+
+
+def window(in_features: int, group_size: int, seed: int, start: int = 0, stop: int | None = None) -> Window:
+    """The window of a rank whose activation has the columns ``start`` to ``stop - 1`` (default: all)."""
+    stop = in_features if stop is None else stop
+    columns, block = padded_features(in_features), rotation_block(in_features, group_size)
+    aligned = max(block, SIGN_WORD)  # signs can be counted from such a column, and only from such
+    first, last = start // aligned * aligned, min(columns, -(-stop // block) * block)
+    end = min(last, in_features)
+    return Window(first, last, start - first, end - stop, end - first, block, seed_from_column(seed, first))
+
+
+class Run(nn.Module):
+    """Neighbouring shards with the same bits: one matrix of planes."""
+
+    def __init__(self, rows: int, config: TurboQuantConfig, cut: Window) -> None:
+        super().__init__()
+        self.bits, self.residual_bits = config.bits, config.residual_bits
+        shapes = packed_shapes(rows, cut.in_features, config.bits, config.residual_bits)
+        for plane in PLANES:
+            parameter = None
+            if plane in shapes:
+                shape, dtype = shapes[plane]
+                parameter = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+            self.register_parameter(plane, parameter)
+        self.layout = (cut.in_features, config.bits, config.residual_bits, cut.group_size, cut.seed)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        planes: Any = self._parameters  # not attributes: nn.Module needs half a microsecond to find one
+        return ops.linear(
+            x, planes["codes"], planes["residual"], planes["scales"], planes["exponents"], bias, *self.layout
+        )
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the matrix, [*ids.shape, in_features]."""
+        planes = self._parameters
+        return ops.embedding(
+            ids, planes["codes"], planes["residual"], planes["scales"], planes["exponents"], *self.layout, dtype
+        )
+
+
+class DenseRun(nn.Module):
+    """Neighbouring shards that the checkpoint leaves dense, beside quantized ones."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, bias)
+
+
+class Shards(nn.Module):
+    """The part of one rank of a merged layer: ``x W^T + bias`` with ``W`` [sum of rows, in_features] of the shards.
+
+    Args:
+        shards: In the order of the outputs.
+        in_features: k of the whole layer; ``start``, ``stop``: the columns of this rank's activation.
+        dtype: of dense shards. New tensors are made on the default device; planes start zeroed.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        in_features: int,
+        group_size: int,
+        seed: int,
+        dtype: torch.dtype,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shards = tuple(shards)
+        self.in_features = in_features
+        self.group_size = group_size
+        self.seed = seed
+        self.columns = (start, in_features if stop is None else stop)
+        self.window = window(in_features, group_size, seed, start, stop)
+        self.runs = nn.ModuleList()
+        self.places: list[tuple[int, int]] = []  # of each shard: its run, and its first row there
+        self.awaited: dict[tuple[int, str], None] = {}  # planes to come, in order
+        self.spans: list[tuple[int, int]] = []  # of each run: its rows in the output
+        position = 0
+        for config, members in itertools.groupby(self.shards, lambda shard: shard.config):
+            rows = 0
+            for shard in members:
+                for plane in PLANES if config is not None else ("weight",):
+                    if plane != "residual" or config is None or config.residual_bits:
+                        self.awaited[len(self.places), plane] = None
+                self.places.append((len(self.runs), rows))
+                rows += shard.rows
+            width = self.columns[1] - self.columns[0]
+            self.runs.append(DenseRun(rows, width, dtype) if config is None else Run(rows, config, self.window))
+            self.spans.append((position, position + rows))
+            position += rows
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x`` [..., columns of this rank]; returns [..., rows]. ``bias`` [rows] or None."""
+        cut = self.window
+        if cut.before or cut.after:
+            x = torch.nn.functional.pad(x, (cut.before, cut.after))
+        if len(self.runs) == 1:
+            return self.runs[0](x, bias)
+        return torch.cat(
+            [
+                run(x, None if bias is None else bias[begin:end])
+                for run, (begin, end) in zip(self.runs, self.spans, strict=True)
+            ],
+            -1,
+        )
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the matrix, [*ids.shape, in_features], of an embedding."""
+        (run,) = self.runs
+        return run.lookup(ids, dtype)  # type: ignore[operator]
+
+    def put(self, index: int, plane: str, stored: Tensor, row: int, count: int) -> None:
+        """Copies ``count`` rows from ``row`` on of a tensor of the checkpoint, as it is stored there, into the shard.
+
+        Raises:
+            FormatError: this shard has no such plane, or the tensor has another shape, type or an exponent out of range.
+        """
+        shard = self.shards[index]
+        name = f"{shard.name}.{plane}"
+        run, offset = self.places[index]
+        target = getattr(self.runs[run], plane, None)
+        if target is None:
+            raise FormatError(f"{name} is stored, but config.json gives {shard.name} no such tensor: restore its config.json")
+        begin, end = self.columns
+        width, dtype = self.in_features, None
+        if shard.config is not None:
+            rule = packed_shapes(1, self.in_features, shard.config.bits, shard.config.residual_bits)
+            (_, *tail), dtype = rule[plane]
+            width = tail[0] if tail else 1
+            begin, end = (width * column // padded_features(self.in_features) for column in self.window[:2])
+        if plane == "exponents":  # one per row, whatever the columns
+            stored, target, begin, end = stored.unsqueeze(-1), target.unsqueeze(-1), 0, 1
+        is_type = stored.is_floating_point() if dtype is None else stored.dtype == dtype
+        if stored.dim() != 2 or stored.shape[1] != width or not is_type:
+            raise FormatError(
+                f"{name} is {stored.dtype} {list(stored.shape)}: it must be {dtype or 'floating point'} with rows of {width}. "
+                "The checkpoint belongs to another model, or is damaged; fetch it again"
+            )
+        if row + count > stored.shape[0] or count > shard.rows:
+            raise FormatError(
+                f"{name} has {stored.shape[0]} rows: rows {row} to {row + count - 1} are needed. "
+                "The checkpoint belongs to another model; fetch it again"
+            )
+        if plane == "exponents" and int(stored.max()) > MAX_EXPONENT:
+            raise FormatError(
+                f"{name} holds {int(stored.max())}: exponents must be {MIN_EXPONENT} to {MAX_EXPONENT}. "
+                "The checkpoint is damaged; fetch it again"
+            )
+        target.data[offset : offset + count].copy_(stored[row : row + count, begin:end])
+        self.awaited.pop((index, plane), None)
+
+    def quantize(self, index: int, weight: Tensor, row: int, count: int) -> None:
+        """Quantizes rows of a dense matrix [n, in_features] of the checkpoint into the shard.
+
+        All columns are quantized before they are cut, so the planes are those that the package would have stored.
+        """
+        shard = self.shards[index]
+        assert shard.config is not None
+        config = shard.config
+        run = self.runs[self.places[index][0]]
+        device = run.codes.device
+        packed = quantize_weight(
+            weight[row : row + count].to(device),
+            bits=config.bits,
+            residual_bits=config.residual_bits,
+            group_size=config.group_size,
+            seed=config.seed,
+            name=shard.name,
+        ).weight
+        for plane, tensor in packed._asdict().items():
+            if tensor is not None:
+                self.put(index, plane, tensor, 0, count)
+
+    def check_complete(self) -> None:
+        """Raises a FormatError that names what the checkpoint did not hold."""
+        if self.awaited:
+            index, plane = next(iter(self.awaited))
+            raise FormatError(
+                f"{self.shards[index].name}.{plane} did not come with the checkpoint: it is incomplete or belongs to another "
+                "model; fetch it again"
+            )
