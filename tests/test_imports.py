@@ -36,7 +36,13 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 # Who may import a heavy library, directly or inside a function.
-MAY_IMPORT = {"triton": {"kernels"}, "transformers": {"integrations", "cli"}, "typer": {"cli"}, "rich": {"cli"}}
+MAY_IMPORT = {
+    "triton": {"kernels"},
+    "transformers": {"integrations", "cli"},
+    "vllm": {"integrations"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+}
 
 
 def _part(path: Path) -> str:
@@ -89,7 +95,7 @@ def test_importing_has_no_side_effects():
     code = """
 import sys
 import turboquant_weights
-heavy = {"triton", "transformers", "accelerate", "typer", "rich", "gguf"} & set(sys.modules)
+heavy = {"triton", "transformers", "accelerate", "typer", "rich", "gguf", "vllm"} & set(sys.modules)
 assert not heavy, heavy
 import torch
 assert not torch.cuda.is_initialized()
@@ -98,6 +104,22 @@ assert not torch.cuda.is_initialized()
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""
+
+
+def test_the_plugin_of_vllm_is_silent_without_vllm():
+    """Importing or calling its entry point does nothing then."""
+    code = """
+import sys
+sys.modules["vllm"] = None  # as if it were not installed, also where it is
+from turboquant_weights.integrations.vllm import register
+register()
+register()
+assert not [name for name in sys.modules if name.startswith("vllm.")]
+assert "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
 
 
 def test_public_names():

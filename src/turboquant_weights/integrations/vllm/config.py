@@ -89,7 +89,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self.skip = tuple(hf_to_vllm_mapper.apply_list(list(self.skip)))
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]  # asked when the model is built
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # asked when the model is built
         self.check_claimed()
         return WeightsMapper()
 
@@ -109,7 +109,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
     def settings(self) -> TurboQuantConfig:
         """What the layers are computed with: that of the checkpoint, perhaps without residual planes, or the user's."""
         if self._settings is None:
-            options = dict(get_current_vllm_config().additional_config.get(QUANT_METHOD, {}))  # type: ignore[union-attr]
+            options = dict(get_current_vllm_config().additional_config.get(QUANT_METHOD, {}))
             if self.stored is None:
                 self._settings = _from_options(options)
             else:
@@ -135,7 +135,10 @@ class TurboQuantVllmConfig(QuantizationConfig):
                     _check_columns(info, layer.input_size, prefix)
         else:
             # A router decides by small differences and is small: it stays dense unless its layer is built as any other.
-            configs = [None if isinstance(layer, GateLinear) or self._skips(name) else self.settings.for_layer(name) for name in names]
+            configs = [
+                None if isinstance(layer, GateLinear) or self._skips(name) else self.settings.for_layer(name)
+                for name in names
+            ]
         if not any(configs):
             return UnquantizedLinearMethod()
         return TurboQuantLinearMethod(names, configs, self.settings, self.stored is None)

@@ -64,8 +64,8 @@ class _Loading:
         if shard_id is None:
             return list(range(count))
         ids = shard_id if isinstance(shard_id, tuple) else (shard_id,)
-        indices = [_QKV.get(one, one) for one in ids]
-        if not all(isinstance(index, int) and 0 <= index < count for index in indices):
+        indices: list[Any] = [_QKV.get(one, one) for one in ids]
+        if any(index not in range(count) for index in indices):
             raise ConfigError(f"{self.prefix}: vLLM loads its part {shard_id!r}, which this package does not know")
         return indices
 
@@ -214,8 +214,8 @@ class TurboQuantVocabMethod(QuantizeMethodBase):
         planes = getattr(embed_tokens, "turboquant", None)
         if self.name is not None or planes is None:
             raise ConfigError(
-                f"{layer.prefix}: this model ties its output head to its embedding, but the checkpoint quantizes only one of "
-                "them: set tie_word_embeddings to false in its config.json, or quantize the model again"
+                f"{layer.prefix}: this model ties its output head to its embedding, but the checkpoint quantizes only one "
+                "of them: set tie_word_embeddings to false in its config.json, or quantize the model again"
             )
         layer.turboquant = planes
         return layer

@@ -1,4 +1,4 @@
-"""A linear layer or an embedding of a tensor-parallel engine, on packed planes. Imports no engine: a GPU without one tests it.
+"""A linear layer or an embedding of a tensor-parallel engine, on packed planes. Imports no engine, so it is tested without.
 
 An engine merges layers with one input (q/k/v, gate/up) into one and gives every rank a part: some rows of each layer
 (column parallel) or a range of its columns (row parallel). Rows of a quantized matrix are independent, so any of them
@@ -76,9 +76,7 @@ class Run(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         planes: Any = self._parameters  # not attributes: nn.Module needs half a microsecond to find one
-        return ops.linear(
-            x, planes["codes"], planes["residual"], planes["scales"], planes["exponents"], bias, *self.layout
-        )
+        return ops.linear(x, planes["codes"], planes["residual"], planes["scales"], planes["exponents"], bias, *self.layout)
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, [*ids.shape, in_features]."""
@@ -174,33 +172,18 @@ class Shards(nn.Module):
         run, offset = self.places[index]
         target = getattr(self.runs[run], plane, None)
         if target is None:
-            raise FormatError(f"{name} is stored, but config.json gives {shard.name} no such tensor: restore its config.json")
-        begin, end = self.columns
-        width, dtype = self.in_features, None
+            raise FormatError(
+                f"{name} is stored, but config.json gives {shard.name} no such tensor: restore its config.json"
+            )
         if shard.config is not None:
-            rule = packed_shapes(1, self.in_features, shard.config.bits, shard.config.residual_bits)
-            (_, *tail), dtype = rule[plane]
-            width = tail[0] if tail else 1
-            begin, end = (width * column // padded_features(self.in_features) for column in self.window[:2])
-        if plane == "exponents":  # one per row, whatever the columns
-            stored, target, begin, end = stored.unsqueeze(-1), target.unsqueeze(-1), 0, 1
-        is_type = stored.is_floating_point() if dtype is None else stored.dtype == dtype
-        if stored.dim() != 2 or stored.shape[1] != width or not is_type:
-            raise FormatError(
-                f"{name} is {stored.dtype} {list(stored.shape)}: it must be {dtype or 'floating point'} with rows of {width}. "
-                "The checkpoint belongs to another model, or is damaged; fetch it again"
-            )
-        if row + count > stored.shape[0] or count > shard.rows:
-            raise FormatError(
-                f"{name} has {stored.shape[0]} rows: rows {row} to {row + count - 1} are needed. "
-                "The checkpoint belongs to another model; fetch it again"
-            )
-        if plane == "exponents" and int(stored.max()) > MAX_EXPONENT:
-            raise FormatError(
-                f"{name} holds {int(stored.max())}: exponents must be {MIN_EXPONENT} to {MAX_EXPONENT}. "
-                "The checkpoint is damaged; fetch it again"
-            )
-        target.data[offset : offset + count].copy_(stored[row : row + count, begin:end])
+            kept = cut_plane(name, plane, stored, shard.config, self.in_features, self.window)
+        else:
+            if stored.dim() != 2 or stored.shape[1] != self.in_features or not stored.is_floating_point():
+                raise FormatError(_belongs_elsewhere(name, stored, f"floating point with rows of {self.in_features}"))
+            kept = stored[:, slice(*self.columns)]
+        if row + count > kept.shape[0] or count > shard.rows:
+            raise FormatError(_belongs_elsewhere(name, stored, f"a tensor with rows {row} to {row + count - 1}"))
+        target.data[offset : offset + count].copy_(kept[row : row + count])
         self.awaited.pop((index, plane), None)
 
     def quantize(self, index: int, weight: Tensor, row: int, count: int) -> None:
@@ -211,8 +194,7 @@ class Shards(nn.Module):
         shard = self.shards[index]
         assert shard.config is not None
         config = shard.config
-        run = self.runs[self.places[index][0]]
-        device = run.codes.device
+        device = next(self.runs[self.places[index][0]].parameters()).device
         packed = quantize_weight(
             weight[row : row + count].to(device),
             bits=config.bits,
@@ -230,6 +212,35 @@ class Shards(nn.Module):
         if self.awaited:
             index, plane = next(iter(self.awaited))
             raise FormatError(
-                f"{self.shards[index].name}.{plane} did not come with the checkpoint: it is incomplete or belongs to another "
-                "model; fetch it again"
+                f"{self.shards[index].name}.{plane} did not come with the checkpoint: it is incomplete or belongs to "
+                "another model; fetch it again"
             )
+
+
+def cut_plane(name: str, plane: str, stored: Tensor, config: TurboQuantConfig, in_features: int, kept: Window) -> Tensor:
+    """The columns of ``kept`` of a plane as the checkpoint holds it, of one matrix or of a stack of them.
+
+    Raises:
+        FormatError: it is not a plane of a matrix [n, in_features].
+    """
+    (_, *tail), dtype = packed_shapes(1, in_features, config.bits, config.residual_bits)[plane]
+    if stored.dtype != dtype or list(stored.shape[stored.dim() - len(tail) :]) != tail or stored.dim() <= len(tail):
+        raise FormatError(
+            _belongs_elsewhere(name, stored, f"{dtype}, {f'with rows of {tail[0]}' if tail else 'one per row'}")
+        )
+    if plane != "exponents":
+        columns = padded_features(in_features)
+        return stored[..., tail[0] * kept.first // columns : tail[0] * kept.last // columns]
+    if int(stored.max()) > MAX_EXPONENT:
+        raise FormatError(
+            f"{name} holds {int(stored.max())}: exponents must be {MIN_EXPONENT} to {MAX_EXPONENT}. "
+            "The checkpoint is damaged; fetch it again"
+        )
+    return stored
+
+
+def _belongs_elsewhere(name: str, stored: Tensor, rule: str) -> str:
+    return (
+        f"{name} is {stored.dtype} {list(stored.shape)}: it must be {rule}. The checkpoint belongs to another model, or is "
+        "damaged; fetch it again"
+    )
