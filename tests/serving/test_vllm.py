@@ -337,8 +337,8 @@ def test_a_server_answers(tmp_path):
         port = probe.getsockname()[1]
     log = tmp_path / "log"
     command = [
-        sys.executable, str(Path(__file__).with_name("vllm_command.py")), "serve", str(tmp_path / "quantized"), "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.1", "--enforce-eager",
+        sys.executable, str(Path(__file__).with_name("vllm_command.py")), "serve", str(tmp_path / "quantized"),
+        "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.1", "--enforce-eager",
         "--served-model-name", "tiny",
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -354,7 +354,8 @@ def test_a_server_answers(tmp_path):
     loaded = turboquant_weights.load(tmp_path / "quantized", dtype=torch.float32)
     prompt = tokenizer("the cat", return_tensors="pt")
     expected = loaded.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt.input_ids.shape[1] :]
-    assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer["choices"][0]["text"].split() == text.split() != []  # vLLM decodes behind the prompt: a space more
 
 
 def _post(url, body, server, log, seconds=300):
