@@ -336,11 +336,9 @@ def test_a_server_answers(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path / "log"
-    command = [
-        sys.executable, str(Path(__file__).with_name("vllm_command.py")), "serve", str(tmp_path / "quantized"),
-        "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.1", "--enforce-eager",
-        "--served-model-name", "tiny",
-    ]  # fmt: skip
+    program = Path(__file__).with_name("vllm_command.py")
+    options = "--dtype float32 --max-model-len 64 --gpu-memory-utilization 0.1 --enforce-eager --served-model-name tiny"
+    command = [sys.executable, program, "serve", tmp_path / "quantized", "--port", str(port), *options.split()]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
