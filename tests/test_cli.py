@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +136,20 @@ def test_inspect_and_verify(cli, checkpoint):
     values = json.loads(out)
     assert (code, values["manifest_checked"]) == (0, True)
     assert "model.safetensors" in values["sha256"]
+
+
+def test_inspect_says_what_is_not_quantized_and_why(cli):
+    folder = Path(__file__).parent / "fixtures" / "v1" / "experts"
+    code, out, _ = cli("inspect", folder)
+    assert code == 0
+    assert "experts.down_proj (experts)" in out
+    assert "3 x 32" in out
+    assert "not quantized: " in out
+    assert "MB in layers that were skipped" in out
+    assert "modules that are no linear layers" in out
+    code, out, _ = cli("inspect", folder, "--json")
+    found = json.loads(out)
+    assert sum(found["dense_bytes"].values()) == found["other_bytes"]
 
 
 def test_inspect_with_the_reference_shows_errors(cli, dense, checkpoint):

@@ -219,6 +219,7 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(compiled(x, ids), stack(x.relu(), ids) * 2)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 def test_a_compiled_routed_loop_falls_back_and_computes_the_same():
     model = Block()
     quantize_model(model, progress=False)

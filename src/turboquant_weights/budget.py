@@ -20,7 +20,8 @@ from .allocation import Allocation, Unit, allocate, steps
 from .calibration import input_groups
 from .config import TurboQuantConfig
 from .errors import ConfigError, QuantizationError
-from .linear import dense_weight, is_linear
+from .experts import dense_stacks, find_stacks, weight_rows
+from .linear import is_linear
 from .model import HEAD, plan_layers
 from .stream import BlockStream
 from .tying import tied_heads
@@ -114,7 +115,7 @@ def plan_bits(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> BitPlan:
-    """Measures how sensitive each linear layer and embedding of a language model is. The model is not changed.
+    """Measures how sensitive each linear layer, expert stack and embedding of a language model is. The model is not changed.
 
     Args:
         model: A causal language model of Transformers with dense weights.
@@ -133,20 +134,23 @@ def plan_bits(
     patterns = config.skip if skip is None else skip
     embeddings = _embeddings(model)
     heads = tied_heads(model, embeddings)
-    targets, skipped = plan_layers(model, patterns, tied=heads)
+    found, _ = find_stacks(model, config)
+    targets, skipped = plan_layers(model, patterns, tied=heads, stacks=found)
     if patterns is None:  # a budget is for the whole file: an output head of its own takes part
         targets += [name for name, reason in skipped.items() if reason == HEAD]
         skipped = {name: reason for name, reason in skipped.items() if reason != HEAD}
-    linears = {name: model.get_submodule(name) for name in targets}
+    stacks = {name: found[name] for name in targets if name in found}
     measured = tokens is not None
     if tokens is None:
         tokens = _random_tokens(model)
     tokens = tokens[:SAMPLES, :SAMPLE_LENGTH]
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    with BlockStream(model, tokens, where) as stream:
-        values = sensitivity.measure(stream, linears, embeddings, progress=progress)
-    probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
-    groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
+    with dense_stacks(model, stacks):
+        linears = {name: model.get_submodule(name) for name in targets}
+        with BlockStream(model, tokens, where) as stream:
+            values = sensitivity.measure(stream, linears, embeddings, progress=progress)
+        probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
+        groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
     reached = {name for group in groups for name in group}
     groups += [[name] for name in linears if name not in reached]
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
@@ -163,7 +167,7 @@ def plan_bits(
         _other_bytes(model, units),
         sum(parameter.numel() for parameter in model.parameters()),
         frozenset(embeddings),
-        tuple(name for name in skipped if is_linear(model.get_submodule(name)) and name not in heads),
+        tuple(name for name in skipped if name in found or (is_linear(model.get_submodule(name)) and name not in heads)),
         heads,
         measured,
         calibrated,
@@ -190,7 +194,7 @@ def _random_tokens(model: nn.Module) -> Tensor:
 
 def _alike(group: Sequence[str], values: Mapping[str, float], linears: Mapping[str, nn.Module]) -> list[list[str]]:
     """Cuts layers with one input into those that want about the same bits."""
-    per_weight = {name: values[name] / dense_weight(linears[name], name).numel() for name in group}
+    per_weight = {name: values[name] / weight_rows(linears[name], name).numel() for name in group}
     clusters: list[list[str]] = []
     for name in sorted(group, key=lambda name: per_weight[name]):
         if clusters and per_weight[name] <= _ALIKE * per_weight[clusters[-1][0]]:
@@ -206,7 +210,7 @@ def _unit(
     shapes = []
     for name in names:
         module = modules[name]
-        weight = module.weight if isinstance(module, nn.Embedding) else dense_weight(module, name)
+        weight = module.weight if isinstance(module, nn.Embedding) else weight_rows(module, name)
         if id(module.weight) not in known:  # layers may share one weight
             known.add(id(module.weight))
             shapes.append((weight.shape[0], weight.shape[1]))

@@ -7,6 +7,9 @@ second moments of what arrives at them now, and its drift from what arrived ther
 :mod:`.feedback` needs. A finished block is replaced by its quantized layers, so memory falls as the work proceeds: one
 block, its copy and two sets of hidden states lie on the fast device, the model stays where it was.
 
+The experts of a stack are rounded one by one, each for the rows that are routed to it; one that the text does not reach is
+quantized without data.
+
 Nothing here knows an architecture. Layers outside the blocks that the tail calls (an output head of its own) come last;
 layers that the text does not reach are quantized without data, and the report says so.
 """
@@ -30,9 +33,10 @@ from tqdm import tqdm
 from . import reference
 from .config import TurboQuantConfig
 from .errors import ConfigError
+from .experts import DenseExperts, TurboQuantExperts
 from .feedback import Feedback, Moments, quantize_weight_calibrated
 from .linear import dense_weight, is_conv1d
-from .reference import Quantized, quantize_weight
+from .reference import PackedWeight, Quantized, quantize_weight
 from .stream import Batch, BlockStream, Stop
 
 
@@ -133,6 +137,11 @@ def windows(ids: Tensor, length: int, count: int, first: int | None) -> Tensor:
 # Of the original inputs of a block's layers that are kept while it is rounded; beyond, they are computed once per layer.
 _KEPT_BYTES = 4 << 30
 
+# Of second moments of the experts of a stack that are gathered in one pass.
+_MOMENTS_BYTES = 4 << 30
+# Rows per input column at which white noise as strong as the inputs is added to an expert's moments.
+_ROWS_PER_COLUMN = 8
+
 # Called with (layer name, packed weight with its error, layer's config): puts the quantized layer in place.
 Install = Callable[[str, Quantized, TurboQuantConfig], None]
 
@@ -142,7 +151,7 @@ class Calibrator:
 
     Args:
         stream: Open, its batches in front of the first block, made while the model was dense.
-        configs: Name of each linear layer to quantize -> its settings.
+        configs: Name of each linear layer or (dense) stack of experts to quantize -> its settings.
         install: Called once per layer.
     """
 
@@ -235,6 +244,11 @@ class Calibrator:
         groups = input_groups(layers, lambda: run(self.stream.batches[0]))
         kept = _inputs_of([originals[first] for first, *_ in groups], self.original, run_original)
         for number, group in enumerate(groups):
+            stack, before_it = layers[group[0]], originals[group[0]]
+            if isinstance(stack, DenseExperts) and isinstance(before_it, DenseExperts):
+                found[group[0]] = self._quantize_stack(group[0], stack, before_it, run, run_original)
+                self._decode_into(group[0], found[group[0]])
+                continue
             moments: Moments | None = None
             for index, (now, before) in enumerate(zip(self.stream.batches, self.original, strict=True)):
                 x = input_of(layers[group[0]], functools.partial(run, now))
@@ -271,17 +285,67 @@ class Calibrator:
                 self._decode_into(name, found[name])
         return found
 
+    def _quantize_stack(
+        self,
+        name: str,
+        stack: DenseExperts,
+        original: DenseExperts,
+        run: Callable[[Batch], object],
+        run_original: Callable[[Batch], object],
+    ) -> Quantized:
+        """Each expert for its own inputs; as many at a time as there is room for their moments."""
+        config = self.configs[name]
+        room = max(1, _MOMENTS_BYTES // (8 * stack.in_features**2))
+        parts: list[Quantized] = []
+        alone: list[int] = []
+        for start in range(0, stack.num_experts, room):
+            moments = {
+                expert: Moments(stack.in_features, stack.device)
+                for expert in range(start, min(start + room, stack.num_experts))
+            }
+            for now, before in zip(self.stream.batches, self.original, strict=True):
+                _add_routed(
+                    moments,
+                    _calls_of(stack, functools.partial(run, now)),
+                    _calls_of(original, functools.partial(run_original, before)),
+                )
+            for expert, seen in moments.items():
+                where = f"{name}[{expert}]"
+                matrix = stack.matrix_of(expert)
+                if not seen.count:
+                    alone.append(expert)
+                    parts.append(quantize_weight(matrix, name=where, **layout(config)))
+                    continue
+                # Few rows know little about what else will come: the fewer, the more every column counts for itself.
+                seen.add_white(stack.in_features / (_ROWS_PER_COLUMN * seen.count))
+                feedback = seen.feedback(config.group_size, config.seed)
+                planes = quantize_weight_calibrated(matrix, feedback, name=where, **layout(config))
+                parts.append(Quantized(planes, reference.relative_error(matrix, planes, **layout(config))))
+        if alone:
+            self.unreached.append(f"{name}{alone}")
+        return _stacked(parts, stack)
+
     def _weight(self, name: str) -> Tensor:
         return dense_weight(self.stream.model.get_submodule(name), name)
 
     def _quantize_alone(self, name: str) -> Quantized:
-        return quantize_weight(self._weight(name), name=name, **layout(self.configs[name]))
+        module, settings = self.stream.model.get_submodule(name), layout(self.configs[name])
+        if isinstance(module, DenseExperts):
+            experts = range(module.num_experts)
+            parts = [quantize_weight(module.matrix_of(e), name=f"{name}[{e}]", **settings) for e in experts]
+            return _stacked(parts, module)
+        return quantize_weight(self._weight(name), name=name, **settings)
 
     def _decode_into(self, name: str, quantized: Quantized) -> None:
         """Lets the dense layer compute with the quantized weight: faster here than the quantized layer, and the same."""
         module, config = self.stream.model.get_submodule(name), self.configs[name]
         weight = module.weight
         assert isinstance(weight, Tensor)
+        if isinstance(module, DenseExperts):
+            packed = quantized.weight.map(lambda plane: plane.to(weight.device))
+            stack = TurboQuantExperts.from_packed(packed, module.in_features, module.layout, config)
+            module.weight = nn.Parameter(stack.dequantize(weight.dtype), requires_grad=False)
+            return
         shape = weight.T.shape if is_conv1d(module) else weight.shape
         device = weight.device
         planes = quantized.weight.map(lambda plane: plane.to(device))
@@ -313,6 +377,52 @@ class Calibrator:
 
 def layout(config: TurboQuantConfig) -> dict[str, int]:
     return dict(bits=config.bits, residual_bits=config.residual_bits, group_size=config.group_size, seed=config.seed)
+
+
+def _stacked(parts: Sequence[Quantized], stack: DenseExperts) -> Quantized:
+    """One expert behind the other, with the error of all together."""
+    norms = [float(torch.linalg.vector_norm(stack.matrix_of(e).float())) ** 2 for e in range(stack.num_experts)]
+    error = sum(norm * part.error for norm, part in zip(norms, parts, strict=True)) / (sum(norms) or 1.0)
+    return Quantized(PackedWeight.stack([part.weight for part in parts]), error)
+
+
+# Rows of a stack's input and the expert of each, or of all.
+Call = tuple[Tensor, "Tensor | int"]
+
+
+def _calls_of(stack: DenseExperts, run: Callable[[], object]) -> list[Call]:
+    """Every call of ``stack`` while ``run`` runs."""
+    calls: list[Call] = []
+    handle = stack.register_forward_pre_hook(lambda module, args: calls.append((args[0].clone(), args[1])))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
+def _add_routed(moments: Mapping[int, Moments], now: Sequence[Call], before: Sequence[Call]) -> None:
+    """Adds the rows of each expert; rows of zeros, which some models send to experts that are not chosen, say nothing.
+
+    A row counts for the drift if the original stream sent the row at this place to the same expert; models that call expert
+    by expert do not say which row is which.
+    """
+    paired = [(a, b) for (_, a), (_, b) in zip(now, before, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    comparable = len(paired) == len(now) == len(before) and all(a.shape == b.shape for a, b in paired)
+    for index, (rows, experts) in enumerate(now):
+        alive = (rows != 0).any(-1)
+        if isinstance(experts, int):
+            if experts in moments and alive.any():
+                moments[experts].add(rows[alive])
+            continue
+        originals = rows
+        if comparable:
+            same = (experts == before[index][1])[:, None]
+            originals = torch.where(same, before[index][0], rows)
+        for expert, seen in moments.items():
+            mine = (experts == expert) & alive
+            if mine.any():
+                seen.add(rows[mine], originals[mine])
 
 
 @torch.no_grad()

@@ -147,6 +147,22 @@ class CheckpointInfo:
         """Bytes of all other tensors: embeddings, norms, skipped layers."""
         return sum(tensor.nbytes for tensor in self.others)
 
+    def dense_bytes(self) -> dict[str, int]:
+        """Bytes of the tensors that are not quantized, by the reason: what the file alone can tell."""
+        skip = set(self.config.skip or ())
+        kinds: dict[str, int] = {}
+        for tensor in self.others:
+            if {tensor.name, tensor.name.rpartition(".")[0]} & skip:
+                kind = "in layers that were skipped"
+            elif len(tensor.shape) > 2:
+                kind = "in tensors of three or more dimensions that are no known stack of experts (convolutions, ...)"
+            elif len(tensor.shape) == 2:
+                kind = "in matrices of modules that are no linear layers (embeddings, routers, ...)"
+            else:
+                kind = "in vectors (norms, biases, ...)"
+            kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
+        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
     @property
     def total_bytes(self) -> int:
         """Bytes of the files that a model is loaded from."""

@@ -13,7 +13,9 @@ it from what the module says about itself, or from how the shapes of the paramet
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.nn import functional
 from . import ops, reference
 from .config import LayoutByName, TurboQuantConfig
 from .errors import ConfigError, QuantizationError
+from .linear import dense_weight
 from .planes import LazyWeight, PackedPlanes
 from .reference import PackedWeight
 from .rotation import is_autocast_enabled
@@ -161,6 +164,10 @@ class DenseExperts(ExpertStack):
         """[out_features, in_features]."""
         return self.weight[index] if self.layout == "out_in" else self.weight[index].T
 
+    def rows(self, parameter: Tensor) -> Tensor:
+        """``parameter``, which lies like the stack's, as one matrix [num_experts * out_features, in_features]."""
+        return (parameter if self.layout == "out_in" else parameter.transpose(1, 2)).flatten(0, 1)
+
     def forward(self, x: Tensor, experts: int | Tensor) -> Tensor:
         if isinstance(experts, int):
             return functional.linear(x, self.matrix_of(experts))
@@ -294,6 +301,39 @@ class TurboQuantExperts(ExpertStack, PackedPlanes):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.label}, bits_per_weight={self.bits_per_weight:.3f}, seed={self.seed}"
+
+
+# Called with a model whose parameters were replaced by stacks, or stacks by parameters: some modules must then run another
+# forward. The Transformers integration registers itself here.
+on_change: list[Callable[[nn.Module], None]] = []
+
+
+def changed(model: nn.Module) -> None:
+    """To be called after stacks came or went."""
+    for hook in on_change:
+        hook(model)
+
+
+@contextlib.contextmanager
+def dense_stacks(model: nn.Module, stacks: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the 3-D parameters ``stacks`` (name -> layout) are modules, :class:`DenseExperts`, so that hooks can be put on
+    them. Afterwards those that are still there are parameters again."""
+    for name, layout in stacks.items():
+        replace_parameter(model, name, DenseExperts(model.get_parameter(name), layout))
+    changed(model)
+    try:
+        yield
+    finally:
+        for name in stacks:
+            stack = model.get_submodule(name)
+            if isinstance(stack, DenseExperts):
+                replace_parameter(model, name, stack.weight)
+        changed(model)
+
+
+def weight_rows(module: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer, or of all experts of a dense stack one below the other: [rows, in_features]."""
+    return module.rows(module.weight) if isinstance(module, DenseExperts) else dense_weight(module, name)
 
 
 def find_stacks(model: nn.Module, config: TurboQuantConfig) -> tuple[dict[str, str], dict[str, str]]:

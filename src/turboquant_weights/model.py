@@ -15,7 +15,7 @@ from . import reference
 from .config import TurboQuantConfig
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, QuantizationError
-from .experts import TurboQuantExperts, find_stacks, replace_parameter
+from .experts import TurboQuantExperts, changed, find_stacks, replace_parameter
 from .linear import TurboQuantLinear, dense_weight, is_linear
 from .planes import PackedPlanes
 from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads
@@ -381,6 +381,7 @@ def finish(job: Job, layers: list[LayerReport], seconds: float, **notes: Any) ->
     model = job.model
     counted = {id(p) for layer in layers for p in model.get_submodule(layer.name).parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted) * _DENSE_BYTES
+    changed(model)
     for hook in on_quantized:
         hook(model, job.config)
     dense = dense_parameters(model, job.skipped)

@@ -17,6 +17,7 @@ from .calibration import Calibrator, as_calibration, layout
 from .config import TurboQuantConfig
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError
+from .experts import DenseExperts, TurboQuantExperts, dense_stacks, replace_parameter
 from .feedback import quantize_weight_calibrated
 from .linear import TurboQuantLinear, dense_weight
 from .model import (
@@ -24,6 +25,7 @@ from .model import (
     LayerReport,
     QuantizationReport,
     embedding_report,
+    experts_report,
     finish,
     linear_report,
     prepare,
@@ -144,6 +146,10 @@ def _calibrated(
 
     def install(name: str, quantized: Quantized, own: TurboQuantConfig) -> None:
         nonlocal last
+        if name in job.stacks:
+            install_stack(name, quantized, own)
+            last = time.perf_counter()
+            return
         old = model.get_submodule(name)
         bias = old.bias if isinstance(old.bias, nn.Parameter) else None
         weight = dense_weight(old, name)
@@ -154,8 +160,17 @@ def _calibrated(
         layers.append(linear_report(name, new, False, time.perf_counter() - last))
         last = time.perf_counter()
 
-    with BlockStream(model, tokens, device) as stream:
-        calibrator = Calibrator(stream, {name: job.config.for_layer(name) for name in job.targets}, install)
+    def install_stack(name: str, quantized: Quantized, own: TurboQuantConfig) -> None:
+        old = model.get_submodule(name)
+        assert isinstance(old, DenseExperts)
+        new = TurboQuantExperts.from_packed(_on(quantized.weight, old.device), old.in_features, old.layout, own)
+        new.quantization_error, new.dense_dtype = quantized.error, old.dtype
+        replace_parameter(model, name, new)
+        layers.append(experts_report(name, new, time.perf_counter() - last))
+
+    configs = {name: job.config.for_layer(name) for name in (*job.targets, *job.stacks)}
+    with dense_stacks(model, job.stacks), BlockStream(model, tokens, device) as stream:
+        calibrator = Calibrator(stream, configs, install)
         embeddings = _embeddings(job, calibrator, store, progress)
         if embeddings:
             calibrator.restart()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .experts import DenseExperts
 from .linear import is_conv1d
 from .stream import Batch, BlockStream
 
@@ -58,7 +59,8 @@ def measure(
     """Sensitivity of each linear layer and embedding, from the windows of ``stream``, whose hidden states are not changed.
 
     Args:
-        stream: Open, in front of the first block; a few thousand tokens are enough. linears, embeddings: By name.
+        stream: Open, in front of the first block; a few thousand tokens are enough. linears, embeddings: By name; the former
+        may be dense stacks of experts, too.
         Layers outside the blocks count with what the tail's gradient says; those that the text does not
             reach get 0. Tied weights get one gradient, the sum of both uses, under the name of either.
     """
@@ -116,7 +118,7 @@ def _backward(
             for name, value in zip(weights, found[1:], strict=True):
                 weights[name].requires_grad_(False)
                 if value is not None:
-                    fisher.add(name, value if value.shape == fisher.weights[name].shape else value.T)
+                    fisher.add(name, _as_matrix(names[index][name], value))
     with torch.enable_grad():
         embedded = stream.embed(window.tokens)
         if outer and embedded.requires_grad:
@@ -127,7 +129,7 @@ def _backward(
     for name, value in totals.items():
         outer[name].requires_grad_(False)
         if value is not None:
-            fisher.add(name, value if value.shape == fisher.weights[name].shape else value.T)
+            fisher.add(name, _as_matrix(outside[name], value))
     fisher.tokens += window.tokens.numel()
 
 
@@ -137,7 +139,14 @@ def _parameter(module: nn.Module) -> Tensor:
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    return _parameter(module).T if is_conv1d(module) else _parameter(module)
+    return _as_matrix(module, _parameter(module))
+
+
+def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight of ``module`` or its gradient, with outputs as rows."""
+    if isinstance(module, DenseExperts):
+        return module.rows(weight)
+    return weight.T if is_conv1d(module) else weight
 
 
 def _one(calls: list[Any], samples: int, i: int) -> list[Any]:

@@ -47,6 +47,7 @@ def checkpoint_dict(info: CheckpointInfo, errors: dict[str, float] | None = None
         "bits_per_weight": info.bits_per_weight,
         "quantized_bytes": info.quantized_bytes,
         "other_bytes": info.other_bytes,
+        "dense_bytes": info.dense_bytes(),
         "files": info.files,
         "has_manifest": info.has_manifest,
         "layers": [{**dataclasses.asdict(layer), "error": (errors or {}).get(layer.name)} for layer in info.layers],
@@ -68,11 +69,11 @@ def print_checkpoint(info: CheckpointInfo, errors: dict[str, float] | None = Non
         "quantized layer", "bits", "rows", "stored columns", "bytes", "bits/weight", *(["error"] if errors else [])
     )
     for layer in info.layers:
-        per_weight = 8 * layer.nbytes / (layer.out_features * layer.columns)
+        per_weight = 8 * layer.nbytes / layer.weights
         cells = [
             layer.name if layer.kind == "linear" else f"{layer.name} ({layer.kind})",
             layer.label,
-            str(layer.out_features),
+            f"{layer.experts} x {layer.out_features}" if layer.kind == "experts" else str(layer.out_features),
             str(layer.columns),
             f"{layer.nbytes:,}",
             f"{per_weight:.3f}",
@@ -85,6 +86,9 @@ def print_checkpoint(info: CheckpointInfo, errors: dict[str, float] | None = Non
     out.print(others)
     for name in config.skip or ():
         out.print(f"left as it was: {name}", markup=False)
+    kinds = info.dense_bytes()
+    if kinds:
+        out.print("not quantized: " + ", ".join(f"{megabytes(size)} {kind}" for kind, size in kinds.items()))
     out.print(
         f"{len(info.layers)} layers quantized: {megabytes(info.quantized_bytes)}, {info.bits_per_weight:.3f} bits per "
         f"weight; the rest {megabytes(info.other_bytes)}; files {megabytes(info.total_bytes)}"

@@ -42,6 +42,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import turboquant_weights
 
+from .. import experts
 from .. import model as walker
 from ..checkpoint import (
     MANIFEST_FILE,
@@ -90,6 +91,7 @@ def register() -> None:
     register_quantization_config(QUANT_METHOD)(ConfigReader)
     register_quantizer(QUANT_METHOD)(TurboQuantHfQuantizer)
     walker.on_quantized.append(_attach_if_pretrained)
+    experts.on_change.append(use_stacks)
 
 
 class QuantizeLinear(ConversionOps):
@@ -240,11 +242,11 @@ class TurboQuantHfQuantizer(HfQuantizer):
             embeddings = {name: bits for name, bits in self._planned.items() if name not in unseen}
             modules = stored_modules(model)
             stacks = {name: module for name in self._arriving if isinstance(module := modules.get(name), TurboQuantExperts)}
-            experts = {name: stack.layout for name, stack in stacks.items()}
+            layouts = {name: stack.layout for name, stack in stacks.items()}
             for name, stack in stacks.items():  # they arrive in any order: state dicts list them in the model's
                 replace_parameter(model, name, stack)
             layers = [name for name, module in modules.items() if not isinstance(module, TurboQuantEmbedding)]
-            config = dataclasses.replace(config.exact(layers, order, embeddings, experts), source=_provenance(model))
+            config = dataclasses.replace(config.exact(layers, order, embeddings, layouts), source=_provenance(model))
             self.pending, self.embeddings, self.stacks = {}, {}, {}
             self.pre_quantized = True
         self.quantization_config = config
@@ -567,10 +569,10 @@ def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig
         raise ConfigError(
             f"this {type(model).__name__} has no quantized layer left: call model.dequantize() before saving a dense model"
         )
-    experts = {name: module.layout for name, module in modules.items() if isinstance(module, TurboQuantExperts)}
+    layouts = {name: module.layout for name, module in modules.items() if isinstance(module, TurboQuantExperts)}
     linears = {name: module for name, module in modules.items() if isinstance(module, TurboQuantLinear)}
-    embeddings = [name for name in modules if name not in linears and name not in experts]
-    first = next(iter(linears or embeddings or experts))
+    embeddings = [name for name in modules if name not in linears and name not in layouts]
+    first = next(iter(linears or embeddings or layouts))
     shared = {field: modules[first].settings[field] for field in ("group_size", "seed")}
     for name, module in modules.items():
         for field, value in shared.items():
@@ -588,11 +590,11 @@ def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig
                 "make them alike, e.g. with base_only_() on both"
             )
     bits = {name: (module.bits, module.residual_bits) for name, module in modules.items()}
-    layers = [*linears, *experts]
+    layers = [*linears, *layouts]
     live = dataclasses.replace(config, layer_bits={name: bits[name] for name in layers}, **shared)
     skip = [name for name, module in model.named_modules() if is_linear(module)]
     skip += [name for name in config.skip or () if name not in skip and name not in layers and _is_parameter(model, name)]
-    return live.exact(layers, skip, {name: bits[name] for name in embeddings}, experts), first
+    return live.exact(layers, skip, {name: bits[name] for name in embeddings}, layouts), first
 
 
 def _is_parameter(model: Any, name: str) -> bool:
@@ -628,7 +630,6 @@ def attach(model: Any, config: TurboQuantConfig) -> None:
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     model.config.quantization_config = config
-    use_stacks(model)
     _save_own_names(model)
     tie_planes(model)
     tied = model.all_tied_weights_keys
