@@ -182,3 +182,12 @@ def test_the_remembered_reference_is_the_reference(benchmark) -> None:
     capped = quality.Remembered(transformers.Gemma2ForCausalLM(gemma).eval())
     with torch.no_grad(), pytest.raises(SystemExit, match="after the output head"):
         capped(input_ids=first, use_cache=False)
+
+
+def test_experts(benchmark) -> None:
+    """The error of a quantized block against its decoded weights is that of bf16."""
+    rows = benchmark("experts").measure(4, 64, 32, 2, [1, 9], torch.device("cpu"))
+    assert [(row["weights"], row["tokens"]) for row in rows] == [(w, m) for m in (1, 9) for w in ("bf16", "4", "4+4")]
+    assert all(0 < row["error"] < 0.02 for row in rows)
+    assert rows[0]["decoded"] == "2 of 4"
+    assert rows[1]["megabytes"] < rows[0]["megabytes"] / 2
