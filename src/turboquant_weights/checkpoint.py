@@ -49,26 +49,30 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         OSError: from the file system, e.g. a full disk.
     """
     target = Path(os.path.realpath(path))  # through a link: replace what it points to, keep the link
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    temporary = target.parent / f".{target.name}.writing-{token}"
-    replaced = target.parent / f".{target.name}.replaced-{token}"
+    temporary = target.parent / f".{target.name}.writing-{secrets.token_hex(4)}"
     temporary.mkdir()  # not tempfile: its folders are readable by their owner only
     try:
         yield temporary
-        _settle(temporary)
-        _check_replaceable(target, overwrite)  # it may have appeared meanwhile
-        try:
-            if target.exists():
-                target.rename(replaced)
-            temporary.rename(target)
-        except BaseException:
-            if replaced.exists() and not target.exists():
-                replaced.rename(target)
-            raise
+        publish(temporary, target, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Turns the complete folder ``temporary`` into ``target``, beside which it must lie; see :func:`atomic_folder`."""
+    _settle(temporary)
+    check_replaceable(target, overwrite)  # it may have appeared meanwhile
+    replaced = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
+    try:
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -82,7 +86,8 @@ def check_is_folder_or_hub_id(model: str | os.PathLike[str]) -> None:
         raise ConfigError(f"no such folder: {text}")
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises a FileExistsError if something is at ``target`` that may not be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -195,7 +200,7 @@ def validate(folder: str | os.PathLike[str]) -> CheckpointInfo:
     if not root.is_dir():
         raise FormatError(f"{root}: not a folder: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     config, architecture = _read_config(root)
-    headers = _read_headers(root)
+    headers = read_headers(root)
     tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
     layers, others = check_tensors(tensors, config)
     names = [CONFIG_FILE, *([INDEX_FILE] if (root / INDEX_FILE).exists() else []), *headers]
@@ -287,7 +292,7 @@ def _parse_config(values: dict[str, Any], file: str) -> TurboQuantConfig:
         raise FormatError(f"{file}: quantization_config is nested too deeply") from None
 
 
-def _read_headers(root: Path) -> dict[str, Header]:
+def read_headers(root: Path) -> dict[str, Header]:
     """File name -> header, of every safetensors file the checkpoint consists of."""
     single, index = root / WEIGHTS_FILE, root / INDEX_FILE
     if single.exists() == index.exists():

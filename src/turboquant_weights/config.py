@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .errors import ConfigError
@@ -231,6 +231,13 @@ class TurboQuantConfig:
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def with_skip(config: TurboQuantConfig, skip: Sequence[str] | None) -> TurboQuantConfig:
+    """``config`` with these patterns instead of its own; None changes nothing."""
+    if skip is None:
+        return config
+    return dataclasses.replace(config, skip=skip if isinstance(skip, str) else tuple(skip))  # type: ignore[arg-type]
 
 
 def _require_member(name: str, value: object, allowed: tuple[int, ...]) -> None:

@@ -246,6 +246,13 @@ class TurboQuantExperts(ExpertStack, PackedPlanes):
         stack._set_planes(packed)
         return stack
 
+    @classmethod
+    def like(cls, parameter: Tensor, layout: str, config: TurboQuantConfig) -> TurboQuantExperts:
+        """A stack for this 3-D parameter, with planes on the meta device."""
+        count, *lying = parameter.shape
+        rows, columns = lying if layout == "out_in" else lying[::-1]
+        return cls(count, columns, rows, layout, config, "meta", parameter.dtype)
+
     @property
     def matrix(self) -> tuple[int, int]:
         return self.num_experts * self.out_features, self.in_features

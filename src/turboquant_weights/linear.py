@@ -90,6 +90,17 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
+    @classmethod
+    def like(cls, linear: nn.Module, config: TurboQuantConfig) -> TurboQuantLinear:
+        """A layer with the shape and the bias of an ``nn.Linear`` or ``Conv1D``, and planes on the meta device."""
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        rows, columns = weight.shape[::-1] if is_conv1d(linear) else weight.shape
+        layer = cls(columns, rows, bias=False, config=config, device="meta", dtype=weight.dtype)
+        layer.bias = bias
+        return layer.train(linear.training)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

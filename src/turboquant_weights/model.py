@@ -305,6 +305,19 @@ def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
         ConfigError: a pattern matches nothing, or the model is quantized already.
         QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position).
     """
+    job = plan_job(model, config)
+    for name in job.targets:
+        reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
+    for name in job.embeddings:
+        reference.check_finite(model.get_parameter(f"{name}.weight"), f"{name}: weight")
+    for name in job.stacks:
+        for index, matrix in enumerate(model.get_parameter(name)):
+            reference.check_finite(matrix, f"{name}[{index}]")
+    return job
+
+
+def plan_job(model: nn.Module, config: TurboQuantConfig) -> Job:
+    """:func:`prepare` without a look at the weights: works on the meta device."""
     if any(isinstance(module, PackedPlanes) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
     embeddings = plan_embeddings(model, config)
@@ -315,13 +328,6 @@ def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
         raise QuantizationError(nothing_to_quantize(model, skipped, left))
     stacks = {name: found[name] for name in layers if name in found}
     targets = [name for name in layers if name not in stacks]
-    for name in targets:
-        reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
-    for name in embeddings:
-        reference.check_finite(model.get_parameter(f"{name}.weight"), f"{name}: weight")
-    for name in stacks:
-        for index, matrix in enumerate(model.get_parameter(name)):
-            reference.check_finite(matrix, f"{name}[{index}]")
     kept = (name for name in skipped if name in found or is_linear(model.get_submodule(name)))
     config = config.exact(layers, kept, embeddings, stacks)
     own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
@@ -378,12 +384,22 @@ def quantize_without_data(job: Job, progress: bool) -> list[LayerReport]:
 
 def finish(job: Job, layers: list[LayerReport], seconds: float, **notes: Any) -> QuantizationReport:
     """Tells Transformers, and sums up. ``layers`` have been replaced."""
+    announce(job)
+    return summarize(job, layers, seconds, **notes)
+
+
+def announce(job: Job) -> None:
+    """Lets integrations prepare the quantized model for saving."""
+    changed(job.model)
+    for hook in on_quantized:
+        hook(job.model, job.config)
+
+
+def summarize(job: Job, layers: list[LayerReport], seconds: float, **notes: Any) -> QuantizationReport:
+    """The report on a quantized model, which may be on the meta device."""
     model = job.model
     counted = {id(p) for layer in layers for p in model.get_submodule(layer.name).parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted) * _DENSE_BYTES
-    changed(model)
-    for hook in on_quantized:
-        hook(model, job.config)
     dense = dense_parameters(model, job.skipped)
     reasons = dense_reasons(model, dense, job.left)
     kept = {id(p): p.numel() * _DENSE_BYTES for name in job.skipped for p in _parameters(model, name)}

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from . import reference
 from .budget import plan_bits
 from .calibration import Calibrator, as_calibration, layout
-from .config import TurboQuantConfig
+from .config import TurboQuantConfig, with_skip
 from .embedding import TurboQuantEmbedding
-from .errors import ConfigError
 from .experts import DenseExperts, TurboQuantExperts, dense_stacks, replace_parameter
 from .feedback import quantize_weight_calibrated
 from .linear import TurboQuantLinear, dense_weight
@@ -85,9 +84,7 @@ def quantize_model(
             can be calibrated; nothing was replaced then.
     """
     start = time.perf_counter()
-    config = config or TurboQuantConfig()
-    if skip is not None:
-        config = dataclasses.replace(config, skip=_patterns(skip))
+    config = with_skip(config or TurboQuantConfig(), skip)
     budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
     if calibration is None:
         config, expected = _to_budget(model, config, budget, None, None, None, progress)
@@ -106,12 +103,6 @@ def quantize_model(
     job = prepare(model, config)
     layers, uncalibrated = _calibrated(job, tokens, device, store, progress)
     return finish(job, layers, time.perf_counter() - start, expected_kl=expected, uncalibrated=uncalibrated)
-
-
-def _patterns(skip: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(skip, str):
-        raise ConfigError(f"skip is {skip!r}: it must be a list of glob patterns such as ['lm_head']")
-    return tuple(skip)
 
 
 def _to_budget(

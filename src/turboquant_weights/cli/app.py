@@ -18,10 +18,10 @@ from .. import __version__, evaluation, ops, quantize_model, save
 from .. import budget as budgets
 from .. import checkpoint as checkpoints
 from ..calibration import Calibration
-from ..config import MAX_SEED, TurboQuantConfig
+from ..config import MAX_SEED, TurboQuantConfig, with_skip
 from ..errors import ConfigError
 from . import tables
-from .models import Dtype, continue_text, input_embedding, need_tokenizer, open_model
+from .models import Dtype, continue_text, input_embedding, need_tokenizer, open_model, open_unloaded
 
 app = typer.Typer(
     name="turboquant-weights",
@@ -123,7 +123,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL and save it to the folder OUT.
 
-    Without further options it needs no text and takes seconds. With `--calibrate` it reads a text and rounds every layer for
+    Without further options it needs no text and no memory for the model: weights pass through one at a time, and the same
+    command goes on after an interruption. With `--calibrate` it reads a text and rounds every layer for
     the inputs it really gets: minutes instead of seconds, and a fraction of the loss. With a budget (`--target-ratio`,
     `--target-bits` or `--max-kl`) it chooses the bits of every layer, the embedding and the output head; `plan` shows first
     what each budget gives. The tokenizer is saved too. If anything fails, or on Ctrl-C, OUT stays as it was.
@@ -131,28 +132,27 @@ def quantize(
     calibration = _calibration(calibrate, calibration_text, samples, sample_length, device, resume)
     by_name = dict(_name_and_bits(text) for text in layer_bits or ())
     of_embedding = None if embedding_bits is None else _bits(embedding_bits, "--embedding-bits")
-    config = TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name)
-    if (by_name or of_embedding) and (target_ratio, target_bits, max_kl) != (None, None, None):
+    config = with_skip(TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name), skip)
+    budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
+    has_budget = any(value is not None for value in budget.values())
+    if (by_name or of_embedding) and has_budget:
         raise ConfigError("a budget chooses the bits of every layer: leave out --layer-bits and --embedding-bits")
     if (
         not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir()))
     ):  # save() decides; this saves the work
         raise ConfigError(f"{out} exists: choose another folder, or add --overwrite")
     with _quiet_stdout():
-        dense, tokenizer = open_model(model, dtype, device)
-        if of_embedding is not None:
-            config = dataclasses.replace(config, embeddings={input_embedding(dense): of_embedding})
-        report = quantize_model(
-            dense,
-            config,
-            skip=skip,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            target_ratio=target_ratio,
-            target_bits=target_bits,
-            max_kl=max_kl,
-        )
-        save(dense, out, tokenizer=tokenizer, overwrite=overwrite)
+        if calibration is None and not has_budget and Path(model).suffix != ".gguf":
+            from ..integrations.streaming import quantize_dense
+
+            source, tokenizer = open_unloaded(model, dtype)
+            config = _with_input_embedding(config, source.model, of_embedding)
+            report = quantize_dense(source, out, config, tokenizer=tokenizer, device=device, overwrite=overwrite)
+        else:
+            dense, tokenizer = open_model(model, dtype, device)
+            config = _with_input_embedding(config, dense, of_embedding)
+            report = quantize_model(dense, config, calibration=calibration, tokenizer=tokenizer, **budget)  # type: ignore[arg-type]
+            save(dense, out, tokenizer=tokenizer, overwrite=overwrite)
         if resume is not None:
             shutil.rmtree(resume)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -161,6 +161,10 @@ def quantize(
     else:
         print(report)
         print(f"saved to {out}: {tables.megabytes(size)}. Load it with turboquant_weights.load({str(out)!r})")
+
+
+def _with_input_embedding(config: TurboQuantConfig, model: Any, bits: tuple[int, int] | None) -> TurboQuantConfig:
+    return config if bits is None else dataclasses.replace(config, embeddings={input_embedding(model): bits})
 
 
 @app.command(epilog="Example: turboquant-weights plan HuggingFaceTB/SmolLM2-135M --calibrate --plot plan.png")
@@ -353,7 +357,7 @@ def _calibration(
 ) -> Calibration | None:
     if not calibrate and text is None:
         if resume is not None:
-            raise ConfigError("--resume is for calibrated runs: add --calibrate")
+            raise ConfigError("--resume is for calibrated runs, add --calibrate; others go on by themselves")
         return None
     return Calibration(text, samples, length, device, resume)
 

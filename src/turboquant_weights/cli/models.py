@@ -56,6 +56,23 @@ def open_model(model: str | os.PathLike[str], dtype: Dtype = Dtype.AUTO, device:
         raise TurboQuantError(f"{model} cannot be loaded: {error}") from error
 
 
+def open_unloaded(model: str, dtype: Dtype = Dtype.AUTO) -> tuple[Any, Any]:
+    """The unquantized checkpoint, of which no weight is read yet, and its tokenizer, which is None if there is none.
+
+    Raises:
+        TurboQuantError: as :func:`open_model`.
+    """
+    from ..integrations.dense import DenseCheckpoint
+    from ..integrations.transformers import load_tokenizer
+
+    try:
+        return DenseCheckpoint(model, _torch_dtype(model, dtype)), load_tokenizer(model)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, TurboQuantError):
+            raise
+        raise TurboQuantError(f"{model} cannot be loaded: {error}") from error
+
+
 def need_tokenizer(tokenizer: Any, model: str) -> Any:
     """The tokenizer, or an error that says it is missing."""
     if tokenizer is None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import wrapt
+
+from ..config import TurboQuantConfig, with_skip
+from ..model import QuantizationReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,3 +86,46 @@ def save(
     from .transformers import save_quantized
 
     save_quantized(model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size, overwrite=overwrite)
+
+
+def quantize_checkpoint(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: TurboQuantConfig | None = None,
+    skip: Sequence[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = "auto",
+    device: str | None = None,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantizes a model that need not fit into memory, without data: reads, quantizes and writes one weight at a time.
+
+    The result is that of :func:`quantize_model` and :func:`save`, bit for bit. A run that was interrupted, killed too, goes
+    on where it was when the same call is repeated: finished parts are kept in ``.OUT.quantizing`` beside ``out``, with
+    checksums that are compared first.
+
+    Args:
+        model: A hub id, or a folder with safetensors files of an architecture that Transformers knows.
+        out: The folder to create; it appears only when complete. ``overwrite``: as in :func:`save`.
+        config, skip: As in :func:`quantize_model`.
+        tokenizer: Saved beside the model if given.
+        dtype: Of what is not quantized, as in ``from_pretrained``.
+        device: Where weights are quantized; default: the CPU.
+        max_shard_size: Bytes of one file; a layer is never divided.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        FormatError: a file is missing, truncated, or contradicts the index; a weight of the model is in no file.
+        ConfigError: as in :func:`quantize_model`; the model is quantized; another process is writing ``out``.
+        QuantizationError: as in :func:`quantize_model`. FileExistsError: ``out`` exists and must not be replaced.
+        OSError: the disk is too small, which is checked first.
+    """
+    from .dense import DenseCheckpoint
+    from .streaming import quantize_dense
+
+    settings = with_skip(config or TurboQuantConfig(), skip)
+    options = dict(tokenizer=tokenizer, device=device, max_shard_size=max_shard_size, overwrite=overwrite)
+    return quantize_dense(DenseCheckpoint(model, dtype), out, settings, progress=progress, **options)

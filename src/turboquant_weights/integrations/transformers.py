@@ -402,12 +402,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         layouts = _with_and_without_prefix(model, config.experts or {})
         for name, parameter in list(model.named_parameters()):
             if name in layouts and parameter.dim() == 3:
-                count, *lying = parameter.shape
-                rows, columns = lying if layouts[name] == "out_in" else lying[::-1]
-                stack = TurboQuantExperts(
-                    count, columns, rows, layouts[name], config.for_layer(name), "meta", parameter.dtype
-                )
-                replace_parameter(model, name, stack)
+                replace_parameter(model, name, TurboQuantExperts.like(parameter, layouts[name], config.for_layer(name)))
         for name, module in list(model.named_modules()):
             own = config.for_embedding(name)
             if isinstance(module, nn.Embedding) and own is not None:
@@ -415,11 +410,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         tie_planes(model)
         for name, module in list(model.named_modules()):
             if is_linear(module) and name not in skip:
-                rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
-                bias = module.bias is not None
-                own = config.for_layer(name)
-                layer = TurboQuantLinear(columns, rows, bias, own, device="meta", dtype=module.weight.dtype)
-                replace_module(model, name, layer)
+                replace_module(model, name, TurboQuantLinear.like(module, config.for_layer(name)))
         _mark_as_initialized(model)
 
 
@@ -666,11 +657,17 @@ def load_quantized(
     if not os.path.isdir(folder):  # the manifest must lie beside the weights when these are checked
         source = {key: value for key, value in hub.items() if key != "trust_remote_code"}
         cached_file(folder, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False, **source)
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
     kwargs.update({key: value for key, value in (("device_map", device_map), ("dtype", dtype)) if value is not None})
     with _setting(_base_only, base_only):
-        return model_class.from_pretrained(folder, **kwargs)
+        return model_class(config).from_pretrained(folder, **kwargs)
+
+
+def model_class(config: Any) -> Any:
+    """The class that ``config`` names, or else that of causal language models, which knows code on the hub too."""
+    import transformers
+
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    return getattr(transformers, name, transformers.AutoModelForCausalLM)
 
 
 @contextlib.contextmanager
@@ -741,10 +738,11 @@ def load_dense(
     elif getattr(dense.config, "quantization_config", None) is not None:
         method = getattr(dense, "quantization_method", "another method")
         raise ConfigError(f"{model} is quantized with {method}: a model with its original weights is needed")
-    return dense, _tokenizer(model, source)
+    return dense, load_tokenizer(model, **source)
 
 
-def _tokenizer(model: str | os.PathLike[str], source: dict[str, Any]) -> Any:
+def load_tokenizer(model: str | os.PathLike[str], **source: Any) -> Any:
+    """The tokenizer, or None with a warning."""
     import transformers
 
     try:
