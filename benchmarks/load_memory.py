@@ -1,9 +1,11 @@
-"""Peak memory of quantizing while loading, against the floor: the quantized model plus its largest layer.
+"""Peak memory of loading, against the floor: the quantized model plus its largest layer; and of quantizing a checkpoint that
+is never loaded, where the floor is the largest layer alone.
 
     python benchmarks/load_memory.py                   # a random bf16 Llama of 0.5 GB in shards of 100 MB
     python benchmarks/load_memory.py --megabytes 2000 --bits 4 --residual-bits 4
+    python benchmarks/load_memory.py --device cuda     # adds the peak that PyTorch allocated on the GPU
 
-Each way to load runs in a process of its own, and then every weight is read once. "anonymous" is the peak of the memory
+Each way runs in a process of its own, and then every weight is read once. "anonymous" is the peak of the memory
 that the process allocated, sampled every 2 ms; "resident" is the kernel's high-water mark (VmHWM), which also counts the
 pages of the weight files that are mapped: the kernel drops those whenever it needs the space. Weights that stay as they are
 on disk (all of them, in the first and last row) are never copied on a CPU. Both are above what the process used before
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +27,7 @@ from pathlib import Path
 import torch
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 8192
-WAYS = ("dense", "on the fly", "pre-quantized")
+WAYS = ("dense", "on the fly", "pre-quantized", "streamed")
 
 
 def write_model(folder: Path, megabytes: int) -> None:
@@ -71,38 +74,48 @@ class Sampler(threading.Thread):
             self.peak = max(self.peak, memory("RssAnon"))
 
 
-def measure(way: str, folder: str, bits: int, residual_bits: int) -> dict[str, float]:
-    """Loads once in this process; bytes and seconds."""
+def measure(way: str, folder: str, bits: int, residual_bits: int, device: str) -> dict[str, float]:
+    """Loads, or quantizes to another folder, once in this process; bytes and seconds."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  # imports the model code now
 
     import turboquant_weights as tq
 
     config = tq.TurboQuantConfig(bits=bits, residual_bits=residual_bits)
-    warm_up = torch.nn.Linear(256, 256).bfloat16()  # threads, tables, BLAS buffers: not the model's
+    warm_up = torch.nn.Linear(256, 256, device=device).bfloat16()  # threads, tables, BLAS buffers: not the model's
     tq.TurboQuantLinear.from_linear(warm_up, config)
     options = {"quantization_config": config} if way == "on the fly" else {}
+    if device != "cpu":
+        options["device_map"] = device
+        torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     resident, anonymous = memory("VmRSS"), memory("RssAnon")
     sampler = Sampler()
     sampler.start()
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if way == "streamed":
+        report = tq.quantize_checkpoint(folder, f"{folder}-streamed", config, device=device, progress=False)
+        size, largest = 0, max(HIDDEN * VOCABULARY, HIDDEN * INTERMEDIATE) * 2
+        assert len(report.layers) > 6
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        for parameter in model.parameters():  # mapped pages count once they are touched
+            parameter.detach().view(torch.uint8).flatten()[::4096].sum()
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        largest = max(m.in_features * m.out_features * 2 for m in model.modules() if isinstance(m, torch.nn.Linear))
     seconds = time.perf_counter() - start
-    for parameter in model.parameters():  # mapped pages count once they are touched
-        parameter.detach().view(torch.uint8).flatten()[::4096].sum()
     sampler.done.set()
     sampler.join()
-    weights = [m.in_features * m.out_features * 2 for m in model.modules() if isinstance(m, torch.nn.Linear)]
     return {
-        "model": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "largest_layer": max(weights),
+        "model": size,
+        "largest_layer": largest,
+        "peak_device": 0 if device == "cpu" else torch.cuda.max_memory_allocated(),
         "peak_anonymous": sampler.peak - anonymous,
         "peak_resident": memory("VmHWM") - resident,
         "seconds": seconds,
     }
 
 
-def run_all(megabytes: int, bits: int, residual_bits: int) -> dict[str, dict[str, float]]:
+def run_all(megabytes: int, bits: int, residual_bits: int, device: str) -> dict[str, dict[str, float]]:
     """Each way in a fresh process, on one random model in a temporary folder."""
     results = {}
     with tempfile.TemporaryDirectory() as name:
@@ -118,7 +131,7 @@ def run_all(megabytes: int, bits: int, residual_bits: int) -> dict[str, dict[str
                 subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
             folder = quantized if way == "pre-quantized" else dense
             command = [sys.executable, __file__, "--measure", way, str(folder)]
-            command += ["--bits", str(bits), "--residual-bits", str(residual_bits)]
+            command += ["--bits", str(bits), "--residual-bits", str(residual_bits), "--device", device]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             results[way] = json.loads(done.stdout.splitlines()[-1])
     return results
@@ -129,22 +142,25 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--residual-bits", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(*args.measure, args.bits, args.residual_bits)))
+        print(json.dumps(measure(*args.measure, args.bits, args.residual_bits, args.device)))
         return
-    results = run_all(args.megabytes, args.bits, args.residual_bits)
-    print(f"{'MB':14} {'model':>8} {'+ layer':>8} {'anonymous':>10} {'resident':>9} {'seconds':>8}")
+    results = run_all(args.megabytes, args.bits, args.residual_bits, args.device)
+    print(f"{'MB':14} {'model':>8} {'+ layer':>8} {'anonymous':>10} {'resident':>9} {'GPU':>8} {'seconds':>8}")
     for way, r in results.items():
         floor = r["model"] + r["largest_layer"]
-        columns = [r["model"], floor, r["peak_anonymous"], r["peak_resident"]]
-        print(f"{way:14} " + " ".join(f"{c / 1e6:{w}.0f}" for c, w in zip(columns, (8, 8, 10, 9), strict=True)), end="")
+        columns = [r["model"], floor, r["peak_anonymous"], r["peak_resident"], r["peak_device"]]
+        print(f"{way:14} " + " ".join(f"{c / 1e6:{w}.0f}" for c, w in zip(columns, (8, 8, 10, 9, 8), strict=True)), end="")
         print(f" {r['seconds']:8.1f}")
     if args.out:
         command = "load_memory.py " + " ".join(sys.argv[1:])
-        figures = {"command": command, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "bytes": results}
+        machine = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine()
+        figures = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": machine, "torch": torch.__version__}
+        figures["bytes"] = results
         args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -20,13 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging
 
-from ..checkpoint import CONFIG_FILE, check_is_folder_or_hub_id, read_headers
+from ..checkpoint import INDEX_FILE, WEIGHTS_FILE, check_is_folder_or_hub_id, read_headers
 from ..errors import ConfigError, FormatError
 from ..header import TensorInfo
 from ..shards import DTYPE_NAMES
 from .transformers import model_class
 
 logger = logging.get_logger(__name__)
+GENERATION_CONFIG = "generation_config.json"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -45,40 +46,26 @@ class DenseCheckpoint:
 
     def __init__(self, model: str | os.PathLike[str], dtype: Any = "auto") -> None:
         import transformers
-        from transformers.utils.hub import cached_file
 
         check_is_folder_or_hub_id(model)
-        is_folder = os.path.isdir(model)
         config = transformers.AutoConfig.from_pretrained(model)
         if getattr(config, "quantization_config", None) is not None:
             method = dict(config.quantization_config).get("quant_method")
             raise ConfigError(f"{model} is quantized already, with {method}: a model with its original weights is needed")
-        if is_folder:  # of a hub id the files come with the next call
-            read_headers(Path(model))
-        self.model, info = model_class(config).from_pretrained(
-            model, dtype=dtype, device_map="meta", output_loading_info=True
-        )
-        self.model.eval()
-        if info["missing_keys"]:
-            some = ", ".join(sorted(info["missing_keys"])[:3])
-            raise FormatError(
-                f"{model}: its files lack {len(info['missing_keys'])} weights of {type(self.model).__name__} ({some}): they "
-                "would be random numbers. Fetch the checkpoint again, or correct architectures in its config.json"
-            )
-        self.folder = Path(model) if is_folder else Path(cached_file(model, CONFIG_FILE) or "").parent
-        headers = read_headers(self.folder)
-        for file in headers:
+        self.folder = Path(model) if os.path.isdir(model) else _download(model)
+        self.headers = read_headers(self.folder)
+        self._tensors = {tensor.name: tensor for header in self.headers.values() for tensor in header.tensors}
+        for file in self.headers:
             _check_hub_checksum(self.folder / file)
-        self.headers = headers
-        self._file_of = {tensor.name: file for file, header in headers.items() for tensor in header.tensors}
-        self._tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
+        self.model = self._skeleton(model, config, dtype)
+        self._file_of = {tensor.name: file for file, header in self.headers.items() for tensor in header.tensors}
         self._conversions = list(self.model._weight_conversions)
         # The loader's answers depend on names and dtypes of the dense model, which the caller may change.
         self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
         self._parts = self._collect()
         order = {name: i for i, name in enumerate(self._dtypes)}
         with torch.device("meta"):
-            names = {part: list(self._convert(part, _empty)) for part in self._parts}
+            names = {part: list(self._convert(part, lambda info, dtype: _empty(info).to(dtype))) for part in self._parts}
         self.parts = dict(sorted(names.items(), key=lambda item: min(order.get(name, 0) for name in item[1])))
         self._settle_ties()
 
@@ -91,6 +78,25 @@ class DenseCheckpoint:
         """What tells these files from others without reading them all: sizes, times of change, headers."""
         stats = {file: (self.folder / file).stat() for file in self.headers}
         return {file: [stats[file].st_size, stats[file].st_mtime_ns, header.sha256] for file, header in self.headers.items()}
+
+    def _skeleton(self, name: str | os.PathLike[str], config: Any, dtype: Any) -> Any:
+        from transformers import GenerationConfig
+
+        # Not from the files: the loader would map them all, and where mapped memory is limited that is too much.
+        tensors = {info.name: _empty(info) for info in self._tensors.values()}
+        model, info = model_class(config).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, device_map="meta", output_loading_info=True
+        )
+        if info["missing_keys"]:
+            some = ", ".join(sorted(info["missing_keys"])[:3])
+            raise FormatError(
+                f"{name}: its files lack {len(info['missing_keys'])} weights of {type(model).__name__} ({some}): they would "
+                "be random numbers. Fetch the checkpoint again, or correct architectures in its config.json"
+            )
+        model.config.name_or_path = os.fspath(name)
+        if (self.folder / GENERATION_CONFIG).is_file() and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return model
 
     def _collect(self) -> dict[str, list[tuple[str, str, str | None]]]:
         """Name of a part -> its tensors: (name in the file, name in the model, pattern of the converter or None)."""
@@ -146,8 +152,25 @@ class DenseCheckpoint:
                 del self.model.all_tied_weights_keys[target]
 
 
-def _empty(info: TensorInfo, dtype: torch.dtype) -> Tensor:
-    return torch.empty(info.shape, dtype=_DTYPES.get(info.dtype, dtype), device="meta").to(dtype)
+def _empty(info: TensorInfo) -> Tensor:
+    if info.dtype not in _DTYPES:
+        raise FormatError(f"{info.name} has dtype {info.dtype}: known are {', '.join(_DTYPES)}")
+    return torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta")
+
+
+def _download(model: str | os.PathLike[str]) -> Path:
+    """The folder in the hub's cache, with the weights there."""
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(model, WEIGHTS_FILE, **missing)
+    if file is None:
+        file = cached_file(model, INDEX_FILE, **missing)
+        if file is None:
+            raise FormatError(f"{model} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors files are read")
+        get_checkpoint_shard_files(model, file)
+    cached_file(model, GENERATION_CONFIG, **missing)
+    return Path(file).parent
 
 
 def _check_hub_checksum(path: Path) -> None:
