@@ -33,7 +33,8 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py
+	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py \
+		tests/test_streaming.py
 
 # Not part of .ci/run, which it would make half as long again.
 test-vllm: $(VLLM)/.installed

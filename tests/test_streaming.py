@@ -62,6 +62,12 @@ def _vit():  # no language model
     return transformers.ViTForImageClassification(config)
 
 
+def _moe(name, **kwargs):  # experts lie one by one in the file, and in stacks in the model
+    settings = dict(num_key_value_heads=2, moe_intermediate_size=96, num_experts=4, num_experts_per_tok=2, head_dim=16)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, **kwargs})
+    return getattr(transformers, f"{name}ForCausalLM")(config).bfloat16()
+
+
 def write(folder, model, shard="60KB"):
     torch.manual_seed(1)
     with torch.no_grad():  # random biases and norms: fresh ones are all 0 and 1, which hides mix-ups
@@ -124,6 +130,9 @@ CASES = {
     "gpt2 embedding": (_gpt2, dict(embeddings={"transformer.wte": (4, 1)}), {}),
     "gemma3": (_gemma, dict(embeddings={"model.embed_tokens": (3, 2)}), {}),
     "albert": (_albert, dict(), {}),
+    "qwen3 moe": (lambda: _moe("Qwen3Moe"), dict(layer_bits={"*.down_proj": (4, 2)}), {}),
+    "mixtral": (lambda: _moe("Mixtral", num_local_experts=4), dict(bits=3), dict(skip=["*.0.mlp.experts.*", "lm_head"])),
+    "gpt-oss": (lambda: _moe("GptOss", num_local_experts=4), {}, {}),  # transposed stacks, in the file too
     "vit": (_vit, dict(residual_bits=2), {}),
 }
 

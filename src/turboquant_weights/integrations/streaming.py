@@ -28,7 +28,17 @@ from ..embedding import TurboQuantEmbedding
 from ..errors import FormatError
 from ..experts import TurboQuantExperts, replace_parameter
 from ..linear import TurboQuantLinear, is_conv1d
-from ..model import Job, LayerReport, QuantizationReport, announce, embedding_report, experts_report, linear_report, plan_job, summarize
+from ..model import (
+    Job,
+    LayerReport,
+    QuantizationReport,
+    announce,
+    embedding_report,
+    experts_report,
+    linear_report,
+    plan_job,
+    summarize,
+)
 from ..partial import PartialFolder
 from ..planes import PackedPlanes
 from ..reference import check_finite, quantize_weight
