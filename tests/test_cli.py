@@ -18,7 +18,7 @@ import tiny_model  # noqa: E402
 
 import turboquant_weights as tq  # noqa: E402
 from turboquant_weights.cli import main  # noqa: E402
-from turboquant_weights.shards import ShardWriter  # noqa: E402
+from turboquant_weights.writer import ShardWriter  # noqa: E402
 
 
 @pytest.fixture(scope="module")

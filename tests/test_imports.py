@@ -29,7 +29,7 @@ LEVELS = [
     {"budget", "resume"},
     {"quantize"},
     {"header"},
-    {"shards"},
+    {"writer"},
     {"checkpoint"},
     {"partial"},
     {"evaluation"},

@@ -24,7 +24,7 @@ import turboquant_weights as tq  # noqa: E402
 from turboquant_weights.checkpoint import read_headers  # noqa: E402
 from turboquant_weights.header import read_header  # noqa: E402
 from turboquant_weights.integrations.dense import DenseCheckpoint  # noqa: E402
-from turboquant_weights.shards import ShardWriter  # noqa: E402
+from turboquant_weights.writer import ShardWriter  # noqa: E402
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..checkpoint import INDEX_FILE, WEIGHTS_FILE, check_is_folder_or_hub_id, read_headers
 from ..errors import ConfigError, FormatError
 from ..header import TensorInfo
-from ..shards import DTYPE_NAMES
+from ..writer import DTYPE_NAMES
 from .transformers import model_class
 
 logger = logging.get_logger(__name__)

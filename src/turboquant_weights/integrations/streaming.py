@@ -42,8 +42,8 @@ from ..model import (
 from ..partial import PartialFolder
 from ..planes import PackedPlanes
 from ..reference import check_finite, quantize_weight
-from ..shards import Shard, ShardWriter, TensorSpec, plan_shards, write_index
 from ..tying import replace_embedding, replace_module
+from ..writer import Shard, ShardWriter, TensorSpec, plan_shards, write_index
 from .dense import DenseCheckpoint
 from .model_card import model_card
 from .tied import stored_modules
