@@ -17,7 +17,7 @@ import platform
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from turboquant_weights import Calibration, TurboQuantConfig, quantize_model
 
@@ -49,6 +49,11 @@ SHAPES = {
 }
 
 
+def _resized(config: PretrainedConfig, **changes: object) -> PretrainedConfig:
+    """``config`` with ``changes``; what is listed per layer follows from them."""
+    return type(config)(**{**config.to_dict(), "layer_types": None, **changes})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="smollm2-135m")
@@ -63,8 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     kind, config = SHAPES[args.shapes]
     whole = config.num_hidden_layers
-    config.num_hidden_layers = args.blocks or whole
-    config.dtype = getattr(torch, args.dtype)
+    config = _resized(config, num_hidden_layers=args.blocks or whole, dtype=getattr(torch, args.dtype))
     with torch.device("meta"):
         model = kind(config)
     model.to_empty(device="cpu").to(config.dtype)
@@ -74,7 +78,7 @@ def main() -> None:
                 rows.copy_(torch.randn(rows.shape, dtype=config.dtype, device=args.device) * 0.02)
         else:
             parameter.data.fill_(1.0)
-    fresh = kind(type(config)(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 8}))
+    fresh = kind(_resized(config, num_hidden_layers=1, vocab_size=8))
     model.model.rotary_emb = fresh.model.rotary_emb  # its buffers are computed, not loaded
     model.tie_weights()
     tokens = torch.randint(0, config.vocab_size, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
