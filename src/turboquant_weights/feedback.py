@@ -46,7 +46,7 @@ from .reference import (
 )
 from .rotation import SCALE_BLOCK, pad_columns, padded_features, rotate, rotation_block
 
-DAMPING = 0.01  # of the mean diagonal of H; ten times more for each factorisation that fails
+DAMPING = 0.03  # of the mean diagonal of H; ten times more for each factorisation that fails
 _ATTEMPTS = 6
 _CANDIDATES = 4  # scales per block for which the feedback is run
 _LARGEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
