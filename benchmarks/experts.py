@@ -74,7 +74,7 @@ def measure(experts: int, hidden: int, inner: int, choices: int, tokens: list[in
         for label, module in modules.items():
             layer = module["experts"]
             row = {"weights": label, "tokens": count, "decoded": f"{chosen.unique().numel()} of {experts}"}
-            row["megabytes"] = round(sum(p.nbytes for p in layer.parameters()) / 1e6, 1)
+            row["megabytes"] = round(sum(p.nbytes for p in layer.parameters()) / 1e6, 4)
             row["ms"] = milliseconds(layer, (x, chosen, weights), 20 if count < 256 else 5)
             if label == "bf16":
                 layer.config._experts_implementation = "batched_mm"

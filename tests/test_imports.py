@@ -17,6 +17,7 @@ LEVELS = [
     {"packing", "rotation", "codebook"},
     {"reference"},
     {"kernels", "cpu"},
+    {"transforms"},
     {"ops"},
     {"planes"},
     {"linear", "embedding"},

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, transforms
 from .cpu import linear as cpu
 from .cpu.library import chosen
 from .errors import ScheduleError
@@ -324,15 +324,28 @@ torch.library.register_autograd(
 )
 
 embedding = torch.ops.turboquant_weights.embedding
-experts = torch.ops.turboquant_weights.experts.default
 _differentiable = torch.ops.turboquant_weights.linear.default
 _inference = torch.ops.turboquant_weights.linear_inference.default
+_input_gradient = torch.ops.turboquant_weights.linear_input_gradient.default
+_experts = torch.ops.turboquant_weights.experts.default
+_experts_input_gradient = torch.ops.turboquant_weights.experts_input_gradient.default
 
 
 def linear(x: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor, bias: Tensor | None,
            *layout: int) -> Tensor:  # fmt: skip
     """The op; without its gradient, whose Python costs several microseconds per call, where none can be asked for. On a CPU,
     where nobody watches, also without the dispatcher, which takes as long as the product of a small layer."""
+    if not torch.compiler.is_compiling() and transforms.is_active() and not transforms.run_over(codes, scales, exponents):
+        planes = codes, residual, scales, exponents
+
+        def product(x: Tensor, choice: Tensor | None) -> Tensor:
+            return _inference(x, *planes, None, *layout)
+
+        def transposed(grad: Tensor, choice: Tensor | None) -> Tensor:
+            return _input_gradient(grad, *planes, *layout)
+
+        out = transforms.apply(product, transposed, x)
+        return out if bias is None else out + bias.to(out.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _differentiable(x, codes, residual, scales, exponents, bias, *layout)
     if torch.compiler.is_compiling() or not x.is_cpu or not codes.is_cpu or type(x) is not Tensor or _is_watched():
@@ -340,13 +353,38 @@ def linear(x: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, ex
     return _linear_cpu(x, codes, residual, scales, exponents, bias, *layout)
 
 
+def experts(x: Tensor, experts: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor,
+            *layout: int) -> Tensor:  # fmt: skip
+    """The op: ``x`` [s, k] and the expert of each row."""
+    if torch.compiler.is_compiling() or not transforms.is_active() or transforms.run_over(codes, scales, exponents):
+        return _experts(x, experts, codes, residual, scales, exponents, *layout)
+    planes = codes, residual, scales, exponents
+
+    def product(x: Tensor, choice: Tensor | None) -> Tensor:
+        assert choice is not None
+        rows = _experts(x.reshape(-1, x.shape[-1]), choice.reshape(-1), *planes, *layout)
+        return rows.view(*x.shape[:-1], -1)
+
+    def transposed(grad: Tensor, choice: Tensor | None) -> Tensor:
+        assert choice is not None
+        rows = _experts_input_gradient(grad.reshape(-1, grad.shape[-1]), choice.reshape(-1), *planes, *layout)
+        return rows.view(*grad.shape[:-1], -1)
+
+    return transforms.apply(product, transposed, x, experts)
+
+
+@torch.library.register_vmap("turboquant_weights::embedding", lib=_LIBRARY)
+def _(info, in_dims, ids, codes, residual, scales, exponents, *layout):
+    if any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError("vmap over the planes of a quantized embedding: run the models one after the other")
+    return torch.ops.turboquant_weights.embedding(ids.movedim(in_dims[0], 0), codes, residual, scales, exponents, *layout), 0
+
+
 def _is_watched() -> bool:
     """Whether a mode, a transform, a tracer or a profiler must see each op; all of them work in the dispatcher."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
     )
