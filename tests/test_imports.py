@@ -32,7 +32,7 @@ LEVELS = [
     {"header"},
     {"writer"},
     {"checkpoint"},
-    {"partial"},
+    {"partial", "modules"},
     {"evaluation"},
     {"integrations"},
     {"cli", "__main__"},

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .errors import QuantizationError
 from .experts import DenseExperts
 from .linear import is_conv1d
 from .stream import Batch, BlockStream
@@ -99,7 +100,12 @@ def _backward(
         weight.requires_grad_(True)
     hidden = window.hidden.detach().requires_grad_(True)
     with torch.enable_grad():
-        logits = stream.tail(window.tokens, hidden).float().flatten(0, 1)
+        logits = stream.tail(window.tokens, hidden).float()
+        if not stream.has_logits or logits.shape[:-1] != window.tokens.shape:
+            raise QuantizationError(
+                f"{type(stream.model).__name__} returns no logits for every token: budgets need a language model with a head"
+            )
+        logits = logits.flatten(0, 1)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     wanted = [hidden, *outer.values()]

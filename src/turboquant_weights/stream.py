@@ -82,6 +82,7 @@ class BlockStream:
         self._training = model.training
         model.eval()
         self._rest: tuple[Any, ...] | None = None
+        self.has_logits = True
         self.batches: list[Batch] = []
         try:
             self._check(tokens[:1, :_CHECKED_TOKENS])
@@ -127,10 +128,12 @@ class BlockStream:
         return self._hidden((block or self.blocks[index])(batch.hidden, *args, **kwargs))
 
     def tail(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [s, l, v] for the output ``hidden`` [s, l, d] of the last block; differentiable."""
+        """What the model returns if ``hidden`` [s, l, d] is the output of the last block: logits [s, l, v], or the final
+        hidden states if it has no head. Differentiable."""
         stubs = [lambda given, *args, **kwargs: self._output(given)] * (len(self.blocks) - 1)
         with self._forwards([*stubs, lambda *args, **kwargs: self._output(hidden)]):
-            return self.model(input_ids=tokens, use_cache=False).logits
+            output = self.model(input_ids=tokens, use_cache=False)
+        return output.logits if self.has_logits else output[0]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input [s, l, d] of the first block; differentiable with respect to the embedding."""
@@ -193,11 +196,12 @@ class BlockStream:
         ]
         tokens = tokens.to(next(self.model.parameters()).device)
         try:
-            self.model(input_ids=tokens, use_cache=False)
-        except TypeError as error:
+            self.has_logits = hasattr(self.model(input_ids=tokens, use_cache=False), "logits")
+        except Exception as error:  # whatever the model's code makes of arguments that it does not want
             raise QuantizationError(
-                f"{type(self.model).__name__} cannot be run on tokens alone ({error}): calibration needs a language model"
-            ) from None
+                f"{type(self.model).__name__} cannot be run on tokens alone ({type(error).__name__}: {error}): calibration "
+                "and budgets need a language model. Quantize it without them"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

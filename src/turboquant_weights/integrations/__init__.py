@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import wrapt
+from torch import nn
+
+from ..errors import ConfigError
+from ..modules import load_module, save_module
 
 from ..config import TurboQuantConfig, with_skip
 from ..model import QuantizationReport
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REGISTRY = "transformers.quantizers.auto"
+_MAX_SHARD_SIZE = "50GB"
 
 
 def register_lazily() -> None:
@@ -34,15 +39,32 @@ def _register(module: ModuleType) -> None:
         transformers.register()
 
 
+@overload
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    base_only: bool = ...,
+    device_map: Any = ...,
+    dtype: Any = ...,
+    model: None = ...,
+    **kwargs: Any,
+) -> PreTrainedModel: ...
+
+
+@overload
+def load(folder: str | os.PathLike[str], *, base_only: bool = ..., device_map: Any = ..., model: nn.Module) -> nn.Module: ...
+
+
 def load(
     folder: str | os.PathLike[str],
     *,
     base_only: bool = False,
     device_map: Any = None,
     dtype: Any = None,
+    model: nn.Module | None = None,
     **kwargs: Any,
-) -> PreTrainedModel:
-    """Loads a quantized checkpoint as a ready Transformers model, in evaluation mode.
+) -> PreTrainedModel | nn.Module:
+    """Loads a quantized checkpoint: as a ready Transformers model in evaluation mode, or with the architecture of ``model``.
 
     Args:
         folder: A folder written by :func:`save` or ``save_pretrained``, or a hub id. A folder is checked completely
@@ -50,6 +72,8 @@ def load(
         base_only: Leave the residual planes on disk and run the base planes alone, e.g. 4+4 as 4 bits.
         device_map, dtype: As in ``from_pretrained``; ``dtype`` is that of the parts that are not quantized and of the
             computation (default: the checkpoint's).
+        model: For a checkpoint of a model that is none of Transformers': a dense module of the same architecture, of any
+            weights, also on the meta device. It is not changed; the result has its dtype. ``device_map`` may name a device.
         kwargs: Passed on to ``from_pretrained``.
 
     Raises:
@@ -57,32 +81,44 @@ def load(
         ConfigError: the model is not quantized by this package, or ``folder`` is a file or a path that leads nowhere.
         ImportError: Transformers is not installed.
     """
+    if model is not None:
+        if dtype is not None or kwargs or isinstance(device_map, (dict, list)) or device_map == "auto":
+            given = ["dtype"] * (dtype is not None) + list(kwargs) or ["device_map"]
+            raise ConfigError(f"load(model=...) takes a device as device_map and no {given[0]}: call .to() on the result")
+        return load_module(folder, model, base_only=base_only, device=device_map)
     from .transformers import load_quantized
 
     return load_quantized(folder, base_only=base_only, device_map=device_map, dtype=dtype, **kwargs)
 
 
 def save(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     folder: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
-    max_shard_size: int | str = "50GB",
+    max_shard_size: int | str = _MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> None:
-    """Writes a quantized Transformers model with checksums and a model card: completely, or not at all.
+    """Writes a quantized model with checksums, and a Transformers model with a model card: completely, or not at all.
 
     Args:
-        model: A model from ``quantize_model``, :func:`load` or ``from_pretrained(quantization_config=...)``.
+        model: A model from ``quantize_model``, :func:`load` or ``from_pretrained(quantization_config=...)``; also a module
+            that is no Transformers model (see ``model`` of :func:`load`).
         folder: The folder to create. An existing one that is not empty is an error unless ``overwrite`` is true and it
             is a model folder; then it is replaced as a whole once the new one is complete.
         tokenizer: Saved beside the model if given.
         max_shard_size: Of one file, as in ``save_pretrained``.
 
     Raises:
-        ConfigError: the model is no Transformers model, or not quantized by this package.
+        ConfigError: the model is not quantized by this package, or an argument is for Transformers models only.
         FileExistsError: ``folder`` exists and must not be replaced.
     """
+    if not hasattr(model, "save_pretrained"):
+        if tokenizer is not None or max_shard_size != _MAX_SHARD_SIZE:
+            raise ConfigError(
+                f"{type(model).__name__} is no Transformers model: it is saved in one file, without a tokenizer"
+            )
+        return save_module(model, folder, overwrite)
     from .transformers import save_quantized
 
     save_quantized(model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size, overwrite=overwrite)

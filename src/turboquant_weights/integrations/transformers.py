@@ -21,6 +21,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import importlib
 import os
 import re
 import sys
@@ -45,6 +46,7 @@ import turboquant_weights
 from .. import experts
 from .. import model as walker
 from ..checkpoint import (
+    CONFIG_FILE,
     MANIFEST_FILE,
     atomic_folder,
     check_is_folder_or_hub_id,
@@ -57,8 +59,9 @@ from ..config import QUANT_METHOD, TurboQuantConfig
 from ..embedding import TurboQuantEmbedding
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..experts import TurboQuantExperts, find_stacks, replace_parameter
-from ..header import TensorInfo, read_header
+from ..header import TensorInfo, read_header, read_json
 from ..linear import TurboQuantLinear, is_conv1d, is_linear
+from ..modules import stored_config
 from ..planes import PLANES, PackedPlanes
 from ..reference import MAX_EXPONENT, quantize_weight
 from ..tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
@@ -560,18 +563,6 @@ def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig
         raise ConfigError(
             f"this {type(model).__name__} has no quantized layer left: call model.dequantize() before saving a dense model"
         )
-    layouts = {name: module.layout for name, module in modules.items() if isinstance(module, TurboQuantExperts)}
-    linears = {name: module for name, module in modules.items() if isinstance(module, TurboQuantLinear)}
-    embeddings = [name for name in modules if name not in linears and name not in layouts]
-    first = next(iter(linears or embeddings or layouts))
-    shared = {field: modules[first].settings[field] for field in ("group_size", "seed")}
-    for name, module in modules.items():
-        for field, value in shared.items():
-            if module.settings[field] != value:
-                raise ConfigError(
-                    f"{field} is {value} in {first}, but {module.settings[field]} in {name}: a checkpoint has one {field} "
-                    "for all layers. Quantize them with one config"
-                )
     for target, source in model.all_tied_weights_keys.items():
         name, other = target.rpartition(".")[0], source.rpartition(".")[0]
         module = model.get_submodule(name)
@@ -580,20 +571,7 @@ def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig
                 f"{name} and {other} share their planes, but read them as {module.label} and {modules[other].label} bits: "
                 "make them alike, e.g. with base_only_() on both"
             )
-    bits = {name: (module.bits, module.residual_bits) for name, module in modules.items()}
-    layers = [*linears, *layouts]
-    live = dataclasses.replace(config, layer_bits={name: bits[name] for name in layers}, **shared)
-    skip = [name for name, module in model.named_modules() if is_linear(module)]
-    skip += [name for name in config.skip or () if name not in skip and name not in layers and _is_parameter(model, name)]
-    return live.exact(layers, skip, {name: bits[name] for name in embeddings}, layouts), first
-
-
-def _is_parameter(model: Any, name: str) -> bool:
-    path, _, key = name.rpartition(".")
-    try:
-        return key in model.get_submodule(path)._parameters
-    except AttributeError:
-        return False
+    return stored_config(model, modules, config)
 
 
 def _provenance(model: Any) -> dict[str, str]:
@@ -648,7 +626,13 @@ def load_quantized(
 
     check_is_folder_or_hub_id(folder)
     if os.path.isdir(folder):
-        check_values(validate(folder))
+        info = validate(folder)
+        check_values(info)
+        if "model_type" not in read_json(info.folder / CONFIG_FILE, allow_nonfinite=True):
+            raise ConfigError(
+                f"{folder} holds a {info.architecture}, which is no Transformers model: load(folder, model=...) with a "
+                "dense module of that architecture"
+            )
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token", "trust_remote_code") if key in kwargs}
     config = transformers.AutoConfig.from_pretrained(folder, **hub)
     quantization = getattr(config, "quantization_config", None)
@@ -663,11 +647,23 @@ def load_quantized(
 
 
 def model_class(config: Any) -> Any:
-    """The class that ``config`` names, or else that of causal language models, which knows code on the hub too."""
+    """The class that a checkpoint was saved from: also one that Transformers does not export, e.g. an encoder alone."""
     import transformers
 
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    return getattr(transformers, name, transformers.AutoModelForCausalLM)
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    if getattr(config, "auto_map", None):  # code of the checkpoint's own
+        return transformers.AutoModelForCausalLM
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    with contextlib.suppress(ImportError):
+        found = getattr(importlib.import_module(module), name, None)
+        if found is not None:
+            return found
+    raise ConfigError(
+        f"the checkpoint holds a {name}, which is no class of Transformers {transformers.__version__}: import it and call "
+        "its from_pretrained, or load(folder, model=...) with a module of the same architecture"
+    )
 
 
 @contextlib.contextmanager
