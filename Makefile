@@ -34,7 +34,7 @@ test: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py \
-		tests/test_streaming.py
+		tests/test_transformers_other.py tests/test_streaming.py
 
 # Not part of .ci/run, which it would make half as long again.
 test-vllm: $(VLLM)/.installed

@@ -148,7 +148,7 @@ def test_damaged_files_are_refused(saved):
 
 
 def test_wrong_calls(model, saved, tmp_path):
-    with pytest.raises(ConfigError, match="nothing is quantized"):
+    with pytest.raises(ConfigError, match="not quantized by this package"):
         save(nn.Linear(3, 3), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match="the dense architecture"):

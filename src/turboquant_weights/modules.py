@@ -91,9 +91,7 @@ def save_module(model: nn.Module, folder: str | os.PathLike[str], overwrite: boo
         if isinstance(module, PackedPlanes) and f"{name}.codes" in state
     }
     if not modules:
-        raise ConfigError(
-            f"got a {type(model).__name__} in which nothing is quantized by this package: call quantize_model first"
-        )
+        raise ConfigError(f"got a {type(model).__name__} that is not quantized by this package: call quantize_model first")
     one = next(iter(modules.values()))
     base = TurboQuantConfig(one.bits, one.residual_bits, source={"turboquant_weights": turboquant_weights.__version__})
     config, first = stored_config(model, modules, base)

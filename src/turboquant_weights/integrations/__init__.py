@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, overload
 import wrapt
 from torch import nn
 
-from ..errors import ConfigError
-from ..modules import load_module, save_module
-
 from ..config import TurboQuantConfig, with_skip
+from ..errors import ConfigError
 from ..model import QuantizationReport
+from ..modules import load_module, save_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

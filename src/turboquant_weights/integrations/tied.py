@@ -13,11 +13,10 @@ from ..planes import PLANES, PackedPlanes
 def tie_planes(model: Any) -> None:
     """Replaces each entry of Transformers' lists of tied weights whose two modules hold the same planes by one per plane."""
     for owner in _owners(model).values():
-        owner.all_tied_weights_keys = _by_plane(owner, owner.all_tied_weights_keys)
-        declared = owner.get_expanded_tied_weights_keys(all_submodels=False)
-        by_plane = _by_plane(owner, declared)
-        if by_plane != declared:
-            owner._tied_weights_keys = by_plane  # of this instance: what tie_weights() starts from
+        by_plane = _by_plane(owner, owner.all_tied_weights_keys)
+        if by_plane != owner.all_tied_weights_keys:
+            owner.all_tied_weights_keys = by_plane
+            owner._tied_weights_keys = dict(by_plane)  # of this instance: what tie_weights() starts from
 
 
 def untie_planes(model: Any, original: Any) -> None:

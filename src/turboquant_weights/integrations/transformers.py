@@ -121,8 +121,9 @@ class QuantizeLinear(ConversionOps):
                 out.update((name, [plane]) for name, plane in planes.items())
                 missing.discard(key)
             elif parameter == "weight" and layer in self.quantizer.pending:
-                out.update((name, [plane]) for name, plane in self.quantizer.quantize_layer(layer, tensor).items())
-                missing.discard(key)
+                planes, names = self.quantizer.quantize_layer(kwargs["model"], layer, tensor)
+                out.update((name, [plane]) for name, plane in planes.items())
+                missing.difference_update(names)
             else:
                 out[key] = [tensor]
         return out
@@ -254,6 +255,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
             self.pre_quantized = True
         self.quantization_config = config
         model.config.quantization_config = config
+        tie_planes(model)
         use_stacks(model)
         _save_own_names(model)
         return model
@@ -299,7 +301,12 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self.stacks = {name: stacks[name] for name in targets if name in stacks}
         self._arriving = list(self.stacks)
         targets = [name for name in targets if name not in stacks]
-        tied = model.all_tied_weights_keys
+        modules = dict(model.named_modules(remove_duplicate=False))
+        tied = {  # a module in two places is replaced in both
+            target: source
+            for target, source in model.all_tied_weights_keys.items()
+            if modules.get(target.rpartition(".")[0]) is not modules.get(source.rpartition(".")[0])
+        }
         both = {f"{name}.weight" for name in targets} & {*tied.keys(), *tied.values()}
         if both:
             name = min(both).removesuffix(".weight")
@@ -310,7 +317,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         names = {id(model.get_submodule(name)): name for name in targets}
         self.pending = {name: [] for name in targets}
         for parent in model.modules():
-            for child_name, child in parent.named_children():
+            for child_name, child in parent._modules.items():  # named_children leaves out a second name
                 if id(child) in names:
                     self.pending[names[id(child)]].append((parent, child_name))
         self.embeddings = tied_modules(model, self._planned)
@@ -349,13 +356,16 @@ class TurboQuantHfQuantizer(HfQuantizer):
         tie_planes(model)
         return {f"{embedding}.{plane}": tensor for plane in PLANES if (tensor := getattr(new, plane)) is not None}, weights
 
-    def quantize_layer(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Quantizes ``weight`` as the checkpoint holds it and puts the new layer in place; returns its planes by name.
+    def quantize_layer(self, model: Any, name: str, weight: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+        """Quantizes ``weight`` as the checkpoint holds it and puts the new layer in place, in all its places.
 
         An error is kept for the end of loading: raised here, Transformers would swallow it into a table of its own.
+
+        Returns:
+            The planes by name, and the names of the dense weights that will not come any more.
         """
         if self._failure is not None:
-            return {}
+            return {}, {f"{name}.weight"}
         parent, child_name = self.pending[name][0]
         dense = parent.get_submodule(child_name)
         placeholder = dense.weight  # of the requested dtype; the weight comes as it was stored
@@ -365,12 +375,18 @@ class TurboQuantHfQuantizer(HfQuantizer):
             layer = TurboQuantLinear.from_linear(dense, self.quantization_config.for_layer(name), name=name)
         except TurboQuantError as error:
             self._failure = error
-            return {}
+            return {}, {f"{name}.weight"}
         layer.dense_dtype = placeholder.dtype
         layer._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialise
-        for parent, child_name in self.pending.pop(name):
+        places = self.pending.pop(name)
+        for parent, child_name in places:
             setattr(parent, child_name, layer)
-        return {f"{name}.{plane}": tensor for plane in PLANES if (tensor := getattr(layer, plane)) is not None}
+        names = {name}
+        if len(places) > 1:
+            names = {other for other, module in model.named_modules(remove_duplicate=False) if module is layer}
+            tie_planes(model)
+        planes = {f"{name}.{plane}": tensor for plane in PLANES if (tensor := getattr(layer, plane)) is not None}
+        return planes, {f"{other}.weight" for other in names}
 
     def quantize_stack(self, model: Any, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The same for the parameter ``name`` that holds a matrix per expert."""
@@ -410,10 +426,10 @@ class TurboQuantHfQuantizer(HfQuantizer):
             own = config.for_embedding(name)
             if isinstance(module, nn.Embedding) and own is not None:
                 replace_embedding(model, name, TurboQuantEmbedding.like(module, own))
-        tie_planes(model)
         for name, module in list(model.named_modules()):
             if is_linear(module) and name not in skip:
                 replace_module(model, name, TurboQuantLinear.like(module, config.for_layer(name)))
+        tie_planes(model)
         _mark_as_initialized(model)
 
 
@@ -626,12 +642,13 @@ def load_quantized(
 
     check_is_folder_or_hub_id(folder)
     if os.path.isdir(folder):
-        info = validate(folder)
-        check_values(info)
-        if "model_type" not in read_json(info.folder / CONFIG_FILE, allow_nonfinite=True):
+        check_values(validate(folder))
+        content = read_json(Path(folder) / CONFIG_FILE, allow_nonfinite=True)
+        if "model_type" not in content:
+            name = (content.get("architectures") or ["module"])[0]
             raise ConfigError(
-                f"{folder} holds a {info.architecture}, which is no Transformers model: load(folder, model=...) with a "
-                "dense module of that architecture"
+                f"{folder} holds a {name}, which is no Transformers model: load(folder, model=...) with a dense module of "
+                "that architecture"
             )
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token", "trust_remote_code") if key in kwargs}
     config = transformers.AutoConfig.from_pretrained(folder, **hub)
