@@ -1,15 +1,19 @@
-"""Draws quality against size from one result of quality.py.
+"""Draws quality against size from results of quality.py.
 
-    python benchmarks/plot_quality.py benchmarks/results/quality-smollm2-h100.json benchmarks/results/quality-smollm2.svg
+    python benchmarks/plot_quality.py benchmarks/results/quality-{,calibrated-}smollm2-h100.json \\
+        benchmarks/results/quality-peers-smollm2-cpu.json --out benchmarks/results/quality-smollm2.svg
 
 Across: bits per parameter of the whole model, everything counted (bf16 is 16). Up: KL divergence from the reference on the
-main text, logarithmic; mean of the seeds with their range. Needs matplotlib (the extra "bench").
+main text of the first result, logarithmic; mean of the seeds with their range. Results from several machines belong
+together if the reference's perplexity agrees to 1e-4; of a row that several have, the first counts. Needs matplotlib (the
+extra "bench").
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import statistics
 from typing import Any
@@ -43,6 +47,23 @@ def short(method: str) -> str:
     for word in ("ours ", "llama.cpp ", ", calibrated", ", imatrix", " whole file", "integer RTN", "GPTQ", "HQQ", "NF4"):
         method = method.replace(word, "")
     return method.strip(", ")
+
+
+def together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first record with the rows of the others."""
+    first = records[0]
+    text, base = next(iter(first["texts"].items()))
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        other = record["texts"][text]
+        if record["model"] != first["model"] or (other["windows"], other["length"]) != (base["windows"], base["length"]):
+            raise SystemExit(f"the results are of other models or windows: {record['command']}")
+        if not math.isclose(other["reference_perplexity"], base["reference_perplexity"], rel_tol=1e-4):
+            raise SystemExit(f"the reference has another perplexity here: {record['command']}")
+        for row in record["rows"]:
+            rows.setdefault(row["method"], row)
+    hardware = ", ".join(dict.fromkeys(record["hardware"] for record in records))
+    return first | {"rows": list(rows.values()), "hardware": hardware, "date": max(record["date"] for record in records)}
 
 
 def draw(record: dict[str, Any], path: pathlib.Path) -> None:
@@ -91,10 +112,10 @@ def draw(record: dict[str, Any], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=pathlib.Path)
-    parser.add_argument("picture", type=pathlib.Path, help="an .svg or .png file")
+    parser.add_argument("results", nargs="+", type=pathlib.Path)
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="an .svg or .png file")
     args = parser.parse_args()
-    draw(json.loads(args.result.read_text(encoding="utf-8")), args.picture)
+    draw(together([json.loads(path.read_text(encoding="utf-8")) for path in args.results]), args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def check(lines):
     assert not missing, "run `python benchmarks/tables.py` and put its output into README.md"
 
 
-@pytest.mark.parametrize("name", ["smollm2-h100", "peers-smollm2-cpu", "gemma3-cpu"])
+@pytest.mark.parametrize("name", ["smollm2-h100", "calibrated-smollm2-h100", "peers-smollm2-cpu", "gemma3-cpu"])
 def test_quality(name):
     check(TABLES["quality_table"](ROOT / f"benchmarks/results/quality-{name}.json"))
 
