@@ -20,9 +20,8 @@
 #include "prepare.h"
 
 #define INLINE static inline __attribute__((always_inline))
-/* A lane adds 4 products of at most 2^15 times this. */
-enum { LIMIT = 16383 };
-enum { AHEAD = 4096 }; /* bytes that a plane is prefetched ahead */
+enum { LIMIT = 16383 }; /* a lane adds 8 products: of levels below 2^8 with this, or of nested ones, 2^15, with half of it */
+enum { AHEAD = 8192 }; /* bytes that a plane is prefetched ahead */
 
 static int available(void)
 {
@@ -91,61 +90,23 @@ INLINE void unpack32(const uint8_t *bytes, const unpacking *how, __m256i out[2])
     }
 }
 
-/* -- base plane alone, 4 bits: 64 columns at a time ---------------------------------------------------------------------- */
+/* -- integers ------------------------------------------------------------------------------------------------------------ */
 
-INLINE void integer4(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out, const int T)
-{
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)layer->book->base));
-    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
-    const uint8_t *codes = layer->codes + row * layer->codes_stride, *scales = layer->scales + row * layer->scales_stride;
-    const int16_t *x = (const int16_t *)act->values + token * act->blocks * BLOCK;
-    __m256 sum[TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
-    for (int64_t block = 0; block < layer->blocks; block += 8) {
-        const __m256 own = scales8(scales + block, layer->blocks - block);
-        __m256 scale[TOKENS];
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) {
-            const int64_t at = (token + t) * act->blocks + block;
-            scale[t] = _mm256_mul_ps(own, _mm256_loadu_ps(act->scale + at));
-            sum[t] = _mm256_fnmadd_ps(own, _mm256_loadu_ps(act->correction + at), sum[t]);
-        }
-        __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-        const int64_t end = block + 8 < layer->blocks ? block + 8 : layer->blocks;
-        for (int64_t at = block; at < end; at += 2) {
-            const uint8_t *bytes = codes + 16 * at;
-            _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T1);
-            const __m256i raw = layer->blocks - at >= 2
-                                    ? _mm256_loadu_si256((const __m256i *)bytes)
-                                    : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
-            const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(raw, nibble));
-            const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(raw, 4), nibble));
-            /* Columns 0, 4, 8, ... of each block, then 2, 6, ..., then 1, 5, ..., then 3, 7, ... */
-            const __m256i w0 = _mm256_and_si256(even, byte), w2 = _mm256_srli_epi16(even, 8);
-            const __m256i w1 = _mm256_and_si256(odd, byte), w3 = _mm256_srli_epi16(odd, 8);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const __m256i *columns = (const __m256i *)(x + (t * act->blocks + at) * BLOCK);
-                __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(w0, columns[0]), _mm256_madd_epi16(w2, columns[1]));
-                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(w1, columns[2]));
-                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(w3, columns[3]));
-                sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_permutevar8x32_ps(scale[t], lanes), sum[t]);
-            }
-            lanes = _mm256_add_epi32(lanes, _mm256_set1_epi32(2));
-        }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) out[t] = sum_of(sum[t]);
-}
+/* A chunk is 2 blocks, 64 columns, in four vectors of words. */
+enum { CHUNK = 2 };
+enum { FOURS, BASE, FOURS_TWOS, FOURS_FOURS, NESTED }; /* planes: 4 bits, another base, 4 + 2, 4 + 4 bits, any two */
 
-/* -- every other pair of planes: 32 columns at a time ---------------------------------------------------------------------- */
-
+/* What the decoding of chunks keeps in registers. */
 typedef struct {
     unpacking codes, residual;
-    __m256i table, coefficient[5], offset;
+    __m256i table;                                  /* levels of the base plane */
+    __m256i middle_low, middle_high, step, curve;   /* by base field, see tq_codebook */
+    __m256i way[2], bend[2];                        /* by nibble of the residual plane: of its even and its odd columns */
+    __m256i coefficient[5], offset;
     __m128i to_index, to_x;
 } decoding;
+
+INLINE __m256i table_of(const void *bytes) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes)); }
 
 INLINE decoding decoding_of(const tq_codebook *book)
 {
@@ -153,7 +114,15 @@ INLINE decoding decoding_of(const tq_codebook *book)
     const int total = book->bits + book->residual_bits;
     how.codes = unpacking_of(book->bits);
     how.residual = unpacking_of(book->residual_bits ? book->residual_bits : 1);
-    how.table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)book->base));
+    how.table = table_of(book->base);
+    how.middle_low = table_of(book->middle_low);
+    how.middle_high = table_of(book->middle_high);
+    how.step = table_of(book->step);
+    how.curve = table_of(book->curve);
+    for (int odd = 0; odd < 2; odd++) {
+        how.way[odd] = table_of(book->way[odd]);
+        how.bend[odd] = table_of(book->bend[odd]);
+    }
     for (int i = 0; i < 5; i++) how.coefficient[i] = _mm256_set1_epi16(book->coefficient[i]);
     how.to_index = _mm_cvtsi32_si128(book->residual_bits);
     how.to_x = _mm_cvtsi32_si128(16 - total);
@@ -162,12 +131,12 @@ INLINE decoding decoding_of(const tq_codebook *book)
 }
 
 /* Indices of a block, two vectors of 16 words. */
-INLINE void index32(const tq_layer *layer, int64_t row, int64_t block, const decoding *how, const int nested, __m256i index[2])
+INLINE void index32(const uint8_t *codes, const uint8_t *residual, const decoding *how, const int nested, __m256i index[2])
 {
-    unpack32(layer->codes + row * layer->codes_stride + 4 * how->codes.width * block, &how->codes, index);
+    unpack32(codes, &how->codes, index);
     if (nested) {
         __m256i rest[2];
-        unpack32(layer->residual + row * layer->residual_stride + 4 * how->residual.width * block, &how->residual, rest);
+        unpack32(residual, &how->residual, rest);
         for (int half = 0; half < 2; half++)
             index[half] = _mm256_or_si256(_mm256_sll_epi16(index[half], how->to_index), rest[half]);
     }
@@ -175,7 +144,7 @@ INLINE void index32(const tq_layer *layer, int64_t row, int64_t block, const dec
 
 /* Level times polynomial_unit: x = (2 i + 1 - 2^T) / 2^T in [-1, 1] as 16-bit fixed point, and a polynomial in 2 x^2 - 1,
  * whose coefficients are smaller than those in x^2. */
-INLINE __m256i nested_levels(__m256i index, const decoding *how)
+INLINE __m256i polynomial_levels(__m256i index, const decoding *how)
 {
     const __m256i x = _mm256_add_epi16(_mm256_sll_epi16(index, how->to_x), how->offset);
     const __m256i square = _mm256_mulhrs_epi16(x, x);
@@ -186,40 +155,112 @@ INLINE __m256i nested_levels(__m256i index, const decoding *how)
     return _mm256_mulhrs_epi16(value, x);
 }
 
-INLINE void integer32(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                      const int nested, const int T)
+/* 32 bytes of which 16 may be there. */
+INLINE __m256i load32(const uint8_t *bytes, int there)
+{
+    return there ? _mm256_loadu_si256((const __m256i *)bytes) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+}
+
+/* Levels of one chunk of one row, of which only one block may be there, as words in the order that `prepare` gives the
+ * activation. */
+INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, const decoding *how, const int kind, const int full,
+                         __m256i w[4])
+{
+    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+    if (kind == BASE || kind == NESTED) {
+        w[2] = w[3] = _mm256_setzero_si256();
+        for (int i = 0; i <= full; i++) {
+            __m256i index[2];
+            index32(codes + 4 * how->codes.width * i, residual + 4 * how->residual.width * i, how, kind == NESTED, index);
+            for (int half = 0; half < 2; half++)
+                w[2 * i + half] = kind == NESTED ? polynomial_levels(index[half], how)
+                                                 : _mm256_and_si256(_mm256_shuffle_epi8(how->table, index[half]), byte);
+        }
+        return;
+    }
+    _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T1);
+    const __m256i raw = load32(codes, full);
+    const __m256i base[2] = {_mm256_and_si256(raw, nibble), _mm256_and_si256(_mm256_srli_epi16(raw, 4), nibble)};
+    if (kind == FOURS) {
+        for (int odd = 0; odd < 2; odd++) {
+            const __m256i level = _mm256_shuffle_epi8(how->table, base[odd]);
+            w[2 * odd] = _mm256_and_si256(level, byte);
+            w[2 * odd + 1] = _mm256_srli_epi16(level, 8);
+        }
+        return;
+    }
+    _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);
+    __m256i rest[2];
+    if (kind == FOURS_FOURS) {
+        const __m256i fields = load32(residual, full);
+        rest[0] = _mm256_and_si256(fields, nibble);
+        rest[1] = _mm256_and_si256(_mm256_srli_epi16(fields, 4), nibble);
+    } else { /* nibbles of two fields, for the tables to choose from */
+        const __m128i fields = full ? _mm_loadu_si128((const __m128i *)residual) : _mm_loadl_epi64((const __m128i *)residual);
+        const __m256i wide = _mm256_cvtepu8_epi16(fields);
+        rest[0] = rest[1] = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), nibble);
+    }
+    for (int odd = 0; odd < 2; odd++) {
+        const int second = kind == FOURS_TWOS ? odd : 0; /* 4 + 4 bits have one field in a nibble, and one table */
+        const __m256i step = _mm256_shuffle_epi8(how->step, base[odd]), curve = _mm256_shuffle_epi8(how->curve, base[odd]);
+        const __m256i way = _mm256_shuffle_epi8(how->way[second], rest[odd]);
+        const __m256i bend = _mm256_shuffle_epi8(how->bend[second], rest[odd]);
+        const __m256i low = _mm256_shuffle_epi8(how->middle_low, base[odd]);
+        const __m256i high = _mm256_shuffle_epi8(how->middle_high, base[odd]);
+        w[2 * odd] = _mm256_add_epi16(_mm256_unpacklo_epi8(low, high),
+                                      _mm256_maddubs_epi16(_mm256_unpacklo_epi8(step, bend), _mm256_unpacklo_epi8(way, curve)));
+        w[2 * odd + 1] =
+            _mm256_add_epi16(_mm256_unpackhi_epi8(low, high),
+                             _mm256_maddubs_epi16(_mm256_unpackhi_epi8(step, bend), _mm256_unpackhi_epi8(way, curve)));
+    }
+}
+
+/* Adds chunk `at` of one row times T tokens to the sums. */
+INLINE void integer_chunk(const uint8_t *codes, const uint8_t *residual, const int16_t *x, int64_t x_stride, const decoding *how,
+                          const __m256 *scale, int at, const int kind, const int full, const int T, __m256 *sum)
+{
+    const int whole = kind == BASE || kind == NESTED; /* a vector belongs to one block; otherwise its halves to either */
+    const __m256i lanes = _mm256_add_epi32(_mm256_set1_epi32(CHUNK * at), whole ? _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1)
+                                                                                : _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    __m256i w[4];
+    decode_chunk(codes, residual, how, kind, full, w);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+        const __m256i *columns = (const __m256i *)(x + t * x_stride);
+        const __m256i first = _mm256_add_epi32(_mm256_madd_epi16(w[0], columns[0]), _mm256_madd_epi16(w[1], columns[1]));
+        const __m256i second = _mm256_add_epi32(_mm256_madd_epi16(w[2], columns[2]), _mm256_madd_epi16(w[3], columns[3]));
+        const __m256i dot = whole ? _mm256_hadd_epi32(first, second) : _mm256_add_epi32(first, second);
+        sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_permutevar8x32_ps(scale[t], lanes), sum[t]);
+    }
+}
+
+/* One row times T tokens. */
+INLINE void integer_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                        const int kind, const int T)
 {
     const decoding how = decoding_of(layer->book);
-    const uint8_t *scales = layer->scales + row * layer->scales_stride;
-    const int16_t *x = (const int16_t *)act->values + token * act->blocks * BLOCK;
+    const uint8_t *scales = layer->scales + row * layer->scales_stride, *codes = layer->codes + row * layer->codes_stride;
+    const uint8_t *residual = layer->book->residual_bits ? layer->residual + row * layer->residual_stride : codes;
+    const int64_t codes_step = 4 * CHUNK * layer->book->bits, residual_step = 4 * CHUNK * layer->book->residual_bits;
+    const int64_t x_stride = act->blocks * BLOCK;
+    const int16_t *x = (const int16_t *)act->values + token * x_stride;
     __m256 sum[TOKENS];
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
     for (int64_t block = 0; block < layer->blocks; block += 8) {
-        const __m256 own = scales8(scales + block, layer->blocks - block);
+        const int64_t left = layer->blocks - block;
+        const __m256 own = scales8(scales + block, left);
         __m256 scale[TOKENS];
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             const int64_t at = (token + t) * act->blocks + block;
-            scale[t] = _mm256_mul_ps(own, _mm256_loadu_ps(act->scale + at));
-            if (!nested) sum[t] = _mm256_fnmadd_ps(own, _mm256_loadu_ps(act->correction + at), sum[t]);
+            scale[t] = _mm256_mul_ps(own, _mm256_load_ps(act->scale + at));
+            if (kind == FOURS || kind == BASE) sum[t] = _mm256_fnmadd_ps(own, _mm256_load_ps(act->correction + at), sum[t]);
         }
-        const int64_t end = block + 8 < layer->blocks ? block + 8 : layer->blocks;
-        for (int64_t at = block; at < end; at++) {
-            const __m256i lanes = _mm256_set1_epi32((int)(at - block));
-            __m256i index[2], level[2];
-            index32(layer, row, at, &how, nested, index);
-            for (int half = 0; half < 2; half++)
-                level[half] = nested ? nested_levels(index[half], &how)
-                                     : _mm256_and_si256(_mm256_shuffle_epi8(how.table, index[half]), _mm256_set1_epi16(255));
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const __m256i *columns = (const __m256i *)(x + (t * act->blocks + at) * BLOCK);
-                const __m256i dot =
-                    _mm256_add_epi32(_mm256_madd_epi16(level[0], columns[0]), _mm256_madd_epi16(level[1], columns[1]));
-                sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_permutevar8x32_ps(scale[t], lanes), sum[t]);
-            }
-        }
+        const int chunks = left >= 8 ? 8 / CHUNK : (int)left / CHUNK;
+        for (int i = 0; i < chunks; i++, codes += codes_step, residual += residual_step, x += CHUNK * BLOCK)
+            integer_chunk(codes, residual, x, x_stride, &how, scale, i, kind, 1, T, sum);
+        if (left < 8 && left % CHUNK) integer_chunk(codes, residual, x, x_stride, &how, scale, chunks, kind, 0, T, sum);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) out[t] = sum_of(sum[t]);
@@ -231,8 +272,11 @@ INLINE void integer32(const tq_layer *layer, const tq_activations *act, int64_t 
 INLINE void levels32(const tq_layer *layer, int64_t row, int64_t block, const decoding *how, __m256 level[4])
 {
     const tq_codebook *book = layer->book;
+    const uint8_t *codes = layer->codes + row * layer->codes_stride + 4 * how->codes.width * block;
+    const uint8_t *residual =
+        book->residual_bits ? layer->residual + row * layer->residual_stride + 4 * how->residual.width * block : NULL;
     __m256i index[2];
-    index32(layer, row, block, how, book->residual_bits > 0, index);
+    index32(codes, residual, how, book->residual_bits > 0, index);
     for (int i = 0; i < 4; i++) {
         const __m128i half = i % 2 ? _mm256_extracti128_si256(index[i / 2], 1) : _mm256_castsi256_si128(index[i / 2]);
         if (book->residual_bits) {
@@ -306,21 +350,32 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
             }                                                                                                                \
     }
 
-#define CALL_4(T) integer4(layer, act, row, token + t, out + t, T)
-#define CALL_BASE(T) integer32(layer, act, row, token + t, out + t, 0, T)
-#define CALL_NESTED(T) integer32(layer, act, row, token + t, out + t, 1, T)
+#define CALL_FOURS(T) integer_row(layer, act, row, token + t, out + t, FOURS, T)
+#define CALL_BASE(T) integer_row(layer, act, row, token + t, out + t, BASE, T)
+#define CALL_FOURS_TWOS(T) integer_row(layer, act, row, token + t, out + t, FOURS_TWOS, T)
+#define CALL_FOURS_FOURS(T) integer_row(layer, act, row, token + t, out + t, FOURS_FOURS, T)
+#define CALL_NESTED(T) integer_row(layer, act, row, token + t, out + t, NESTED, T)
 #define CALL_EXACT(T) exact32(layer, act, row, token + t, out + t, T)
 
-KERNEL(kernel_4, CALL_4)
+KERNEL(kernel_fours, CALL_FOURS)
 KERNEL(kernel_base, CALL_BASE)
+KERNEL(kernel_fours_twos, CALL_FOURS_TWOS)
+KERNEL(kernel_fours_fours, CALL_FOURS_FOURS)
 KERNEL(kernel_nested, CALL_NESTED)
 KERNEL(kernel_exact, CALL_EXACT)
+
+static int kind_of(const tq_codebook *book, const tq_activations *act)
+{
+    if (book->residual_bits == 0) return book->bits == 4 ? FOURS : BASE;
+    if (book->bits < 4 || !act->coarse) return NESTED;
+    return book->residual_bits == 4 ? FOURS_FOURS : book->residual_bits == 2 ? FOURS_TWOS : NESTED;
+}
 
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
                     float *out)
 {
-    const tq_codebook *book = layer->book;
-    (book->residual_bits ? kernel_nested : book->bits == 4 ? kernel_4 : kernel_base)(layer, act, row, rows, token, count, out);
+    static tq_kernel *const kernels[] = {kernel_fours, kernel_base, kernel_fours_twos, kernel_fours_fours, kernel_nested};
+    kernels[kind_of(layer->book, act)](layer, act, row, rows, token, count, out);
 }
 
 static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
@@ -333,16 +388,16 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     }
     float *rotated = scratch;
     rotate_token(layer, x, type, act->blocks, rotated, act->token_scale + token);
-    const int nested = book->residual_bits > 0, reorder = book->bits == 4 && !nested;
+    const int kind = kind_of(book, act), nested = book->residual_bits > 0, reorder = kind != BASE && kind != NESTED;
     int16_t *out = (int16_t *)act->values + token * columns, *q = reorder ? (int16_t *)(rotated + columns) : out;
-    to_integers(rotated, act->blocks, LIMIT, nested, nested ? 0.0f : 127.5f, q, act->scale + token * act->blocks,
-                act->correction + token * act->blocks);
-    if (nested) act->token_scale[token] /= book->polynomial_unit;
+    to_integers(rotated, act->blocks, nested ? LIMIT / 2 : LIMIT, nested, nested ? 0.0f : 127.5f, q, act->scale + token * act->blocks, act->correction + token * act->blocks);
+    if (nested) act->token_scale[token] /= reorder ? book->middle_unit : book->polynomial_unit;
     if (!reorder) return;
     static const uint8_t first[4] = {0, 2, 1, 3};
     for (int64_t i = 0; i < columns; i += 64)
         for (int j = 0; j < 64; j++) {
-            const int column = j % 16 / 8 * BLOCK + j % 8 * 4 + first[j / 16];
+            const int column = kind == FOURS ? j % 16 / 8 * BLOCK + j % 8 * 4 + first[j / 16]
+                                             : j % 16 / 8 * BLOCK + j % 8 * 2 + j / 16 % 2 * 16 + j / 32;
             out[i + j] = q[i + column];
         }
 }

@@ -12,232 +12,193 @@
 #define TURBOQUANT_AVX2
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,gfni,avx512vnni,avx512vbmi"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,gfni,avx512vnni,avx512vbmi,prefer-vector-width=512")
 #endif
 
 #include "avx512.h"
 
 enum { LIMIT = 127 * 128 + 63 };
-enum { AHEAD = 4096 };       /* bytes that a plane is prefetched ahead: rows lie one behind the other */
+enum { ROWS_AT_ONCE = 4 };
+enum { AHEAD = 8192 };       /* bytes that a plane is prefetched ahead: rows lie one behind the other */
 enum { LONG_ROW = 4096 };    /* bytes of a row from which four rows at once are faster: fewer loads of the activation */
 
 static int available(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
 }
 
-/* Where the lanes of a chunk find their block's scale among 16: 128 / 16 or 64 / 16 columns per lane. */
-INLINE __m512i lane_blocks(int lanes_per_block)
+/* -- integers ---------------------------------------------------------------------------------------------------------- */
+
+/* A chunk is 4 blocks, 128 columns, in two vectors of bytes: lane i of 32 bits has columns of block i / 4 in both, so that
+ * their products may be added up in one lane. */
+enum { CHUNK = 4 };
+enum { FOURS, BASE, FOURS_NESTED, NESTED }; /* 4 bits, another base plane, 4 + 4 bits, any two planes */
+
+/* What the decoding of chunks keeps in registers. */
+typedef struct {
+    __m512i codes_gather[2], residual_gather[2]; /* bytes of the fields of either vector */
+    __m512i codes_shift, residual_shift;
+    __m512i residual_mask, mask;
+    __m512i high[2], low[2];                     /* 128 entries each; of a base plane 16, four times */
+} integers;
+
+/* Where the lanes of chunk i of 16 blocks find their block's scale. */
+INLINE __m512i lane_blocks(int i)
 {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_srli_epi32(lane, lanes_per_block == 4 ? 2 : 3);
+    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_add_epi32(lane, _mm512_set1_epi32(CHUNK * i));
 }
 
-/* -- base plane alone, 4 bits ------------------------------------------------------------------------------------------ */
-
-INLINE void integer4(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                     const int R, const int T)
+INLINE __m512i chunk_gather(int width, int half)
 {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)layer->book->base));
-    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
-    const int64_t columns = act->blocks * BLOCK, row_bytes = layer->blocks * 16;
-    const uint8_t *codes[4];
-    const int8_t *x[TOKENS];
-    __m512 sum[4][TOKENS];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) codes[r] = row_of(layer->codes, layer->codes_stride, row + r);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-        x[t] = (const int8_t *)act->values + (token + t) * 2 * columns;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r][t] = _mm512_setzero_ps();
-    }
-    for (int64_t block = 0; block < layer->blocks; block += 16) {
-        __m512 scale[4][TOKENS];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const __m512 own =
-                scales16(row_of(layer->scales, layer->scales_stride, row + r) + block, layer->blocks - block);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int64_t at = (token + t) * act->blocks + block;
-                scale[r][t] = _mm512_mul_ps(own, _mm512_loadu_ps(act->scale + at));
-                sum[r][t] = _mm512_fnmadd_ps(own, _mm512_loadu_ps(act->correction + at), sum[r][t]);
-            }
-        }
-        __m512i lanes = lane_blocks(4);
-        const int64_t end = block + 16 < layer->blocks ? block + 16 : layer->blocks;
-        for (int64_t at = block; at < end; at += 4) {
-            __m512i even[4], odd[4];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const int64_t left = row_bytes - 16 * at;
-                const uint8_t *bytes = codes[r] + 16 * at;
-                _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T1);
-                const __m512i raw = left >= 64 ? _mm512_loadu_si512(bytes)
-                                               : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, bytes);
-                even[r] = _mm512_shuffle_epi8(table, _mm512_and_si512(raw, nibble));
-                odd[r] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble));
-            }
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int8_t *columns4 = x[t] + 64 * at;
-                const __m512i a_even = _mm512_load_si512(columns4), a_odd = _mm512_load_si512(columns4 + 64);
-                const __m512i b_even = _mm512_load_si512(columns4 + 128), b_odd = _mm512_load_si512(columns4 + 192);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    const __m512i a = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even[r], a_even), odd[r], a_odd);
-                    const __m512i b = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even[r], b_even), odd[r], b_odd);
-                    const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(a, 7), b);
-                    sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r][t]), sum[r][t]);
-                }
-            }
-            lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4));
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) out[r * TOKENS + t] = _mm512_reduce_add_ps(sum[r][t]);
+    uint8_t gather[64]; /* word i of 8 fields: columns 0, 8, 32, 40, 64, ..., and 16 more in the second vector */
+    for (int i = 0; i < 64; i++) gather[i] = (uint8_t)((i / 16 * 4 + half * 2 + i / 8 % 2) * width + i % 8) & 63;
+    return _mm512_loadu_si512(gather);
 }
 
-/* -- every other pair of planes ---------------------------------------------------------------------------------------- */
+INLINE integers integers_of(const tq_codebook *book, const int nested)
+{
+    integers how;
+    const int rest = book->residual_bits;
+    for (int half = 0; half < 2; half++) {
+        how.codes_gather[half] = chunk_gather(book->bits, half);
+        how.residual_gather[half] = chunk_gather(rest, half);
+        how.high[half] = nested ? _mm512_loadu_si512(book->high + 64 * half)
+                                : _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)book->base));
+        how.low[half] = _mm512_loadu_si512(book->low + 64 * half);
+    }
+    how.codes_shift = unpacking_of(book->bits, rest).shift;
+    how.residual_shift = unpacking_of(rest ? rest : 1, 0).shift;
+    how.residual_mask = _mm512_set1_epi8((char)((1 << rest) - 1));
+    how.mask = _mm512_set1_epi8((char)((1 << (book->bits + rest)) - 1));
+    return how;
+}
+
+/* One chunk of one row, from the `blocks` that are there: bytes of the levels, low ones only if nested. */
+INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, int64_t blocks, const tq_codebook *book,
+                         const integers *how, const int kind, const int full, __m512i high[2], __m512i low[2])
+{
+    const int codes_width = kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
+    const int residual_width = kind == FOURS_NESTED ? 4 : book->residual_bits;
+    const __mmask64 all = ~(__mmask64)0;
+    const int64_t there = full ? CHUNK : blocks;
+    const __m512i base = full && codes_width == 4
+                             ? _mm512_loadu_si512(codes)
+                             : _mm512_maskz_loadu_epi8(all >> (64 - 4 * there * codes_width), codes);
+    __m512i rest = base;
+    if (kind == FOURS_NESTED || kind == NESTED)
+        rest = full && residual_width == 4
+                   ? _mm512_loadu_si512(residual)
+                   : _mm512_maskz_loadu_epi8(all >> (64 - 4 * there * residual_width), residual);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        __m512i index;
+        if (kind == FOURS || kind == FOURS_NESTED) { /* columns with even numbers, then those with odd ones */
+            const __m512i nibble = _mm512_set1_epi8(15);
+            if (kind == FOURS)
+                index = half ? _mm512_srli_epi16(base, 4) : base; /* the table is there four times: bits above are ignored */
+            else
+                index = half ? select_bits(nibble, _mm512_srli_epi16(rest, 4), base)
+                             : select_bits(nibble, rest, _mm512_slli_epi16(base, 4));
+        } else {
+            index = _mm512_multishift_epi64_epi8(how->codes_shift, _mm512_permutexvar_epi8(how->codes_gather[half], base));
+            if (kind == NESTED)
+                index = select_bits(how->residual_mask,
+                                    _mm512_multishift_epi64_epi8(how->residual_shift,
+                                                                 _mm512_permutexvar_epi8(how->residual_gather[half], rest)),
+                                    index);
+            index = _mm512_and_si512(index, how->mask);
+        }
+        if (kind == FOURS || kind == BASE) {
+            high[half] = _mm512_permutexvar_epi8(index, how->high[0]);
+        } else if (kind == NESTED) {
+            high[half] = _mm512_permutex2var_epi8(how->high[0], index, how->high[1]);
+            low[half] = _mm512_permutex2var_epi8(how->low[0], index, how->low[1]);
+        } else { /* 256 levels: those of the upper half are complements */
+            const __m512i upper = _mm512_gf2p8affine_epi64_epi8(index, _mm512_set1_epi64((long long)0x8080808080808080), 0);
+            index = _mm512_gf2p8affine_epi64_epi8(index, _mm512_set1_epi64((long long)0x8182848890a0c000), 0);
+            high[half] = _mm512_xor_si512(_mm512_permutex2var_epi8(how->high[0], index, how->high[1]), upper);
+            low[half] = _mm512_xor_si512(_mm512_permutex2var_epi8(how->low[0], index, how->low[1]), upper);
+        }
+    }
+}
 
 /* (128 high + low) (128 a + b) = 128 (128 high a + high b + low a) + low b, and the last term is left out: it is 6e-5 of the
- * result, and unbiased because both bytes are centred. */
-INLINE void integer64(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                      const int nested, const int R, const int T)
+ * result, and unbiased because both bytes are centred. A base plane has no low bytes. */
+INLINE void integer_chunk(const int8_t *x, const __m512i high[2], const __m512i low[2], const __m512 scale, const __m512i lanes,
+                          const int nested, __m512 *sum)
+{
+    const __m512i a0 = _mm512_load_si512(x), a1 = _mm512_load_si512(x + 64);
+    const __m512i b0 = _mm512_load_si512(x + 128), b1 = _mm512_load_si512(x + 192);
+    __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), high[0], a0), high[1], a1);
+    dot = _mm512_slli_epi32(dot, 7);
+    dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(dot, high[0], b0), high[1], b1);
+    if (nested) dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(dot, low[0], a0), low[1], a1);
+    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale), *sum);
+}
+
+/* R rows times T tokens. */
+INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                         const int kind, const int R, const int T)
 {
     const tq_codebook *book = layer->book;
-    const decoding how = decoding_of(book, book->high, book->low);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)book->base));
-    const __m512i zero = _mm512_setzero_si512();
+    const int nested = kind == FOURS_NESTED || kind == NESTED;
+    const integers how = integers_of(book, nested);
+    const int codes_width = kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
+    const int residual_width = kind == FOURS_NESTED ? 4 : nested ? book->residual_bits : 0;
     const int64_t columns = act->blocks * BLOCK;
-    __m512 sum[4][TOKENS];
+    __m512 sum[ROWS_AT_ONCE][TOKENS];
+    __m512i lanes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) lanes[i] = lane_blocks(i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
     for (int64_t block = 0; block < layer->blocks; block += 16) {
-        __m512 scale[4][TOKENS];
+        const int64_t left = layer->blocks - block;
+        __m512 scale[ROWS_AT_ONCE][TOKENS];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const __m512 own =
-                scales16(row_of(layer->scales, layer->scales_stride, row + r) + block, layer->blocks - block);
+            const __m512 own = scales16(row_of(layer->scales, layer->scales_stride, row + r) + block, left);
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 const int64_t at = (token + t) * act->blocks + block;
-                scale[r][t] = _mm512_mul_ps(own, _mm512_loadu_ps(act->scale + at));
-                sum[r][t] = _mm512_fnmadd_ps(own, _mm512_loadu_ps(act->correction + at), sum[r][t]);
+                scale[r][t] = _mm512_mul_ps(own, _mm512_load_ps(act->scale + at));
+                sum[r][t] = _mm512_fnmadd_ps(own, _mm512_load_ps(act->correction + at), sum[r][t]);
             }
         }
-        __m512i lanes = lane_blocks(8);
-        const int64_t end = block + 16 < layer->blocks ? block + 16 : layer->blocks;
-        for (int64_t at = block; at < end; at += 2) {
-            __m512i high[4], low[4];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r);
-                const uint8_t *residual = nested ? row_of(layer->residual, layer->residual_stride, row + r) : NULL;
-                _mm_prefetch((const char *)codes + 4 * book->bits * at + AHEAD * layer->codes_stride, _MM_HINT_T0);
-                if (nested)
-                    _mm_prefetch((const char *)residual + 4 * book->residual_bits * at + AHEAD, _MM_HINT_T1);
-                const __m512i index = index64(codes, residual, at, layer->blocks, &how);
-                if (nested)
-                    bytes64(index, &how, 0, &high[r], &low[r]);
-                else
-                    high[r] = _mm512_shuffle_epi8(table, index);
-            }
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int8_t *columns2 = (const int8_t *)act->values + (token + t) * 2 * columns + 64 * at;
-                const __m512i a = _mm512_load_si512(columns2), b = _mm512_load_si512(columns2 + 64);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    __m512i fine = _mm512_dpbusd_epi32(zero, high[r], b);
-                    if (nested) fine = _mm512_dpbusd_epi32(fine, low[r], a);
-                    const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zero, high[r], a), 7), fine);
-                    sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r][t]), sum[r][t]);
-                }
-            }
-            lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(2));
-        }
+#define CHUNKS(full)                                                                                                         \
+    for (int i = 0; i < 4; i++) {                                                                                            \
+        const int64_t at = block + CHUNK * i, there = left - CHUNK * i;                                                      \
+        __m512i high[ROWS_AT_ONCE][2], low[ROWS_AT_ONCE][2];                                                                 \
+        if (!full && there <= 0) break;                                                                                      \
+        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                                  \
+        {                                                                                                                    \
+            const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 4 * codes_width * at;                \
+            const uint8_t *residual =                                                                                        \
+                nested ? row_of(layer->residual, layer->residual_stride, row + r) + 4 * residual_width * at : NULL;          \
+            _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T1);                                                          \
+            if (nested) _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);                                           \
+            decode_chunk(codes, residual, there < CHUNK ? there : CHUNK, book, &how, kind, full, high[r], low[r]);           \
+        }                                                                                                                    \
+        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                                  \
+        {                                                                                                                    \
+            const int8_t *x = (const int8_t *)act->values + (token + t) * 2 * columns + 64 * at;                             \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                              \
+                integer_chunk(x, high[r], low[r], scale[r][t], lanes[i], nested, &sum[r][t]);                                \
+        }                                                                                                                    \
     }
+        if (left >= 16) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) out[r * TOKENS + t] = _mm512_reduce_add_ps(sum[r][t]);
-}
-
-/* -- 4 + 4 bits: indices of 128 columns from two nibbles each ------------------------------------------------------------- */
-
-INLINE void integer44(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                     const int R, const int T)
-{
-    const decoding how = decoding_of(layer->book, layer->book->high, layer->book->low);
-    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
-    const int64_t columns = act->blocks * BLOCK, row_bytes = layer->blocks * 16;
-    const uint8_t *codes[4], *residual[4];
-    const int8_t *x[TOKENS];
-    __m512 sum[4][TOKENS];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        codes[r] = row_of(layer->codes, layer->codes_stride, row + r);
-        residual[r] = row_of(layer->residual, layer->residual_stride, row + r);
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-        x[t] = (const int8_t *)act->values + (token + t) * 2 * columns;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r][t] = _mm512_setzero_ps();
-    }
-    for (int64_t block = 0; block < layer->blocks; block += 16) {
-        __m512 scale[4][TOKENS];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const __m512 own =
-                scales16(row_of(layer->scales, layer->scales_stride, row + r) + block, layer->blocks - block);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int64_t at = (token + t) * act->blocks + block;
-                scale[r][t] = _mm512_mul_ps(own, _mm512_loadu_ps(act->scale + at));
-                sum[r][t] = _mm512_fnmadd_ps(own, _mm512_loadu_ps(act->correction + at), sum[r][t]);
-            }
-        }
-        __m512i lanes = lane_blocks(4);
-        const int64_t end = block + 16 < layer->blocks ? block + 16 : layer->blocks;
-        for (int64_t at = block; at < end; at += 4) {
-            __m512i even[4], odd[4], even_low[4], odd_low[4];
-            const int64_t left = row_bytes - 16 * at;
-            const __mmask64 there = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                _mm_prefetch((const char *)codes[r] + 16 * at + AHEAD, _MM_HINT_T1);
-                _mm_prefetch((const char *)residual[r] + 16 * at + AHEAD, _MM_HINT_T1);
-                const __m512i base = _mm512_maskz_loadu_epi8(there, codes[r] + 16 * at);
-                const __m512i rest = _mm512_maskz_loadu_epi8(there, residual[r] + 16 * at);
-                bytes64(select_bits(nibble, rest, _mm512_slli_epi16(base, 4)), &how, 1, &even[r], &even_low[r]);
-                bytes64(select_bits(nibble, _mm512_srli_epi16(rest, 4), base), &how, 1, &odd[r], &odd_low[r]);
-            }
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int8_t *columns4 = x[t] + 64 * at;
-                const __m512i a_even = _mm512_load_si512(columns4), a_odd = _mm512_load_si512(columns4 + 64);
-                const __m512i b_even = _mm512_load_si512(columns4 + 128), b_odd = _mm512_load_si512(columns4 + 192);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    const __m512i a = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even[r], a_even), odd[r], a_odd);
-                    const __m512i b = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even[r], b_even), odd[r], b_odd);
-                    const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(b, even_low[r], a_even), odd_low[r], a_odd);
-                    const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(a, 7), low);
-                    sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r][t]), sum[r][t]);
-                }
-            }
-            lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4));
+            CHUNKS(1)
+        } else {
+            CHUNKS(0)
         }
     }
 #pragma GCC unroll 4
@@ -333,17 +294,17 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
         }                                                                                                                   \
     }
 
-#define CALL_4(R, T) integer4(layer, act, row, from, to, R, T)
-#define CALL_BASE(R, T) integer64(layer, act, row, from, to, 0, R, T)
-#define CALL_NESTED(R, T) integer64(layer, act, row, from, to, 1, R, T)
-#define CALL_44(R, T) integer44(layer, act, row, from, to, R, T)
+#define CALL_FOURS(R, T) integer_rows(layer, act, row, from, to, FOURS, R, T)
+#define CALL_BASE(R, T) integer_rows(layer, act, row, from, to, BASE, R, T)
+#define CALL_NESTED(R, T) integer_rows(layer, act, row, from, to, NESTED, R, T)
+#define CALL_FOURS_NESTED(R, T) integer_rows(layer, act, row, from, to, FOURS_NESTED, R, T)
 #define CALL_EXACT(R, T) \
     for (int r = 0; r < R; r++) exact64(layer, act, row + r, from, to + r * TOKENS, T)
 
-KERNEL(kernel_4, CALL_4)
+KERNEL(kernel_fours, CALL_FOURS)
 KERNEL(kernel_base, CALL_BASE)
 KERNEL(kernel_nested, CALL_NESTED)
-KERNEL(kernel_44, CALL_44)
+KERNEL(kernel_fours_nested, CALL_FOURS_NESTED)
 KERNEL(kernel_exact, CALL_EXACT)
 
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
@@ -351,19 +312,9 @@ static void integer(const tq_layer *layer, const tq_activations *act, int64_t ro
 {
     const tq_codebook *book = layer->book;
     if (book->residual_bits == 0)
-        (book->bits == 4 ? kernel_4 : kernel_base)(layer, act, row, rows, token, count, out);
+        (book->bits == 4 ? kernel_fours : kernel_base)(layer, act, row, rows, token, count, out);
     else
-        (book->bits + book->residual_bits == 8 ? kernel_44 : kernel_nested)(layer, act, row, rows, token, count, out);
-}
-
-/* Bytes a and b of 64 integers, taken `step` apart. */
-static void split(const int16_t *q, int step, int8_t *a, int8_t *b)
-{
-    for (int i = 0; i < 64; i++) {
-        const int value = q[step * i], high = (value + 64) >> 7;
-        a[i] = (int8_t)high;
-        b[i] = (int8_t)(value - 128 * high);
-    }
+        (book->bits + book->residual_bits == 8 ? kernel_fours_nested : kernel_nested)(layer, act, row, rows, token, count, out);
 }
 
 static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
@@ -383,13 +334,15 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
                 act->correction + token * act->blocks);
     act->token_scale[token] *= nested ? 128.0 / book->unit : 1.0;
     int8_t *out = (int8_t *)act->values + token * 2 * columns;
-    if (book->bits == 4 && (!nested || book->residual_bits == 4))
-        for (int64_t i = 0; i < columns; i += 128, out += 256) {
-            split(q + i, 2, out, out + 128);
-            split(q + i + 1, 2, out + 64, out + 192);
-        }
-    else
-        for (int64_t i = 0; i < columns; i += 64, out += 128) split(q + i, 1, out, out + 64);
+    const int fours = book->bits == 4 && (!nested || book->residual_bits == 4);
+    for (int64_t i = 0; i < columns; i += 128, out += 256)
+        for (int half = 0; half < 2; half++)
+            for (int j = 0; j < 64; j++) {
+                const int column = fours ? 2 * j + half : j / 16 * 32 + half * 16 + j % 16;
+                const int value = q[i + column], high = (value + 64) >> 7;
+                out[half * 64 + j] = (int8_t)high;
+                out[half * 64 + j + 128] = (int8_t)(value - 128 * high);
+            }
 }
 
 const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, kernel_exact, decode, &tq_avx512_bf16};

@@ -64,6 +64,47 @@ static void fixed_point(const float *coefficients, int levels, tq_codebook *book
     for (int i = 0; i < 5; i++) book->coefficient[i] = (int16_t)lrint(a[i] * (32000 / largest));
 }
 
+/* Parabolas through the levels of each base field, by least squares: ways are the odd numbers around 0, bends triangular
+ * numbers, both stretched so that their coefficients are as large as bytes allow. */
+static void parabolas(tq_codebook *book)
+{
+    const int count = 1 << book->residual_bits;
+    double way[16], bend[16], mean[16], step[16] = {0}, curve[16] = {0}, ways = 0, bends = 0, mean_bend = 0;
+    double steepest = 0, roundest = 0;
+    book->middle_unit = 32000 / book->level[16 * count - 1];
+    for (int i = 0; i < count; i++) {
+        way[i] = 2 * i + 1 - count;
+        bend[i] = (way[i] * way[i] - 1) / 8;
+        mean_bend += bend[i] / count;
+    }
+    for (int i = 0; i < count; i++) ways += way[i] * way[i], bends += (bend[i] - mean_bend) * (bend[i] - mean_bend);
+    for (int base = 0; base < 16; base++) {
+        mean[base] = 0;
+        for (int i = 0; i < count; i++) {
+            const double level = (double)book->level[base * count + i] * (double)book->middle_unit;
+            mean[base] += level / count;
+            step[base] += level * way[i] / ways;
+            curve[base] += level * (bend[i] - mean_bend) / bends;
+        }
+        steepest = fmax(steepest, step[base]);
+        roundest = fmax(roundest, fabs(curve[base]));
+    }
+    const double stretch = ceil(steepest / 255), swell = ceil(roundest / 127);
+    for (int base = 0; base < 16; base++) {
+        book->step[base] = (uint8_t)lrint(step[base] / stretch);
+        book->curve[base] = (int8_t)lrint(curve[base] / swell);
+        const int middle = (int)lrint(mean[base] - book->curve[base] * swell * mean_bend);
+        book->middle_low[base] = (uint8_t)middle;
+        book->middle_high[base] = (uint8_t)(middle >> 8);
+    }
+    for (int nibble = 0; nibble < 16; nibble++)
+        for (int odd = 0; odd < 2; odd++) {
+            const int field = (odd && count == 4 ? nibble >> 2 : nibble) % count;
+            book->way[odd][nibble] = (int8_t)(way[field] * stretch);
+            book->bend[odd][nibble] = (uint8_t)(bend[field] * swell);
+        }
+}
+
 /* levels [2^(bits + residual_bits)], ascending; coefficients [5], zeros if there is no residual plane. */
 API void tq_codebook_init(tq_codebook *book, const float *levels, const float *coefficients, int bits, int residual_bits)
 {
@@ -84,6 +125,7 @@ API void tq_codebook_init(tq_codebook *book, const float *levels, const float *c
         if (!residual_bits) book->base[i] = (uint8_t)(levels[i] + 127.5f);
     }
     if (residual_bits) fixed_point(coefficients, count, book);
+    if (bits == 4 && (residual_bits == 2 || residual_bits == 4)) parabolas(book);
 }
 
 /* -- threads ----------------------------------------------------------------------------------------------------------- */
@@ -112,7 +154,7 @@ typedef struct {
     tq_prepare *prepare;
     tq_activations act;
     const char *x;
-    int64_t tokens, x_stride, grain;
+    int64_t tokens, x_stride, grain, threads;
     char *y;
     int type;
     char *scratch;               /* one part per thread */
@@ -186,19 +228,36 @@ static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64
     }
 }
 
+/* Takes the next rows that nobody has taken: at first large pieces, since memory is read fastest in long runs, then smaller
+ * ones, so that all threads end together. */
+static int64_t take_rows(job *j, int64_t *row)
+{
+    long long from = atomic_load(&j->next), rows;
+    do {
+        const int64_t left = j->layer->rows - from;
+        if (left <= 0) return 0;
+        rows = left / (2 * j->threads) / j->grain * j->grain;
+        rows = rows < j->grain ? (left < j->grain ? left : j->grain) : rows;
+    } while (!atomic_compare_exchange_weak(&j->next, &from, from + rows));
+    *row = from;
+    return rows;
+}
+
 static void multiply_share(void *data)
 {
     job *j = data;
     tq_kernel *const kernel = j->act.exact ? j->engine->exact : j->engine->integer;
     float sums[ROWS * TOKENS];
-    for (int64_t row; (row = atomic_fetch_add(&j->next, j->grain)) < j->layer->rows;) {
-        const int64_t left = j->layer->rows - row, rows = left < j->grain ? left : j->grain;
-        for (int64_t token = 0; token < j->tokens; token += TOKENS) {
-            const int64_t rest = j->tokens - token, count = rest < TOKENS ? rest : TOKENS;
-            kernel(j->layer, &j->act, row, rows, token, count, sums);
-            finish(j, row, rows, token, count, sums, TOKENS);
+    int64_t row = 0;
+    for (int64_t taken; (taken = take_rows(j, &row)) > 0;)
+        for (const int64_t end = row + taken; row < end; row += j->grain) {
+            const int64_t left = end - row, rows = left < j->grain ? left : j->grain;
+            for (int64_t token = 0; token < j->tokens; token += TOKENS) {
+                const int64_t rest = j->tokens - token, count = rest < TOKENS ? rest : TOKENS;
+                kernel(j->layer, &j->act, row, rows, token, count, sums);
+                finish(j, row, rows, token, count, sums, TOKENS);
+            }
         }
-    }
 }
 
 /* What finish does, for all tokens of a tile, along the tokens and in float32: 1 if every factor allows that.
@@ -278,6 +337,7 @@ API int tq_linear(int engine, const tq_layer *layer, int mode, const void *x, in
     job j = {.engine = engines[engine], .layer = layer, .x = x, .tokens = m, .x_stride = x_stride, .y = y, .type = type};
     j.mode = mode == INTEGER && !j.engine->integer ? EXACT : mode;
     j.act.exact = j.mode == EXACT;
+    j.act.coarse = type == BFLOAT16;
     const double work = (double)m * (double)layer->rows * (double)layer->blocks * BLOCK;
     if (work < SERIAL_WORK) threads = 1;
     char *memory = allocate(&j, threads);
@@ -287,6 +347,7 @@ API int tq_linear(int engine, const tq_layer *layer, int mode, const void *x, in
     int64_t grain = layer->rows / (8 * threads), fits = SHARE_BYTES / row_bytes;
     grain = grain > fits ? fits : grain;
     j.grain = grain > ROWS ? ROWS : grain < 4 ? 4 : grain / 4 * 4;
+    j.threads = threads;
     atomic_init(&j.next, 0);
     atomic_init(&j.next_scratch, 0);
     run(j.mode == TILED ? tile_share : multiply_share, &j, threads);

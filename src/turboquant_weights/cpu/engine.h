@@ -30,6 +30,12 @@ typedef struct {
     float unit;
     int16_t coefficient[5];      /* residual_bits > 0: the polynomial in 16-bit fixed point, for engines without wide tables */
     float polynomial_unit;       /* level * polynomial_unit = what it yields */
+    /* 4 bits and a residual plane, for engines with tables of 16 entries: a parabola for each base field, level * middle_unit
+     * = middle + step * way + curve * bend. Ways and bends by nibbles of the residual plane: for the first field in a nibble,
+     * and for the second where it has two. */
+    uint8_t middle_low[16], middle_high[16], step[16], bend[2][16];
+    int8_t curve[16], way[2][16];
+    float middle_unit;
 } tq_codebook;
 
 /* One layer. Mirrored by ctypes in library.py. */
@@ -49,6 +55,7 @@ typedef struct {
 typedef struct {
     int64_t blocks;              /* a multiple of 16 */
     int32_t exact;
+    int32_t coarse;              /* results are rounded to bfloat16, by 2e-3: an error of that size in nested levels is allowed */
     double *token_scale;         /* [m]: what a token's sums must be multiplied with */
     float *scale;                /* [m, blocks]: of the integers; unused if exact */
     float *correction;           /* [m, blocks]: scale * offset of the levels * sum of the integers */
