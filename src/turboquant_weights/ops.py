@@ -63,7 +63,6 @@ def _on_planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _linear = _on_planes(reference.linear)
-_linear_engine = _on_planes(cpu.linear)
 
 
 def _gradient_on_planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -161,12 +160,22 @@ def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
     return _linear_kernels()(x, *arguments)
 
 
-def _linear_cpu(x: Tensor, *arguments: Any) -> Tensor:
+def _linear_cpu(
+    x: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    *layout: int,
+) -> Tensor:
     # Documented: float64 computes with the reference, and so does an installation without the engine, which says so.
     engine = chosen()
     if engine is None or x.dtype not in cpu.DTYPES:
-        return _linear(x, *arguments)
-    return _linear_engine(x, *arguments)
+        return _linear(x, codes, residual, scales, exponents, bias, in_features, *layout)
+    # Without names: they cost a microsecond, and a small layer takes five.
+    return cpu.multiply(x, PackedWeight(codes, residual, scales, exponents), bias, in_features, layout, engine, None)
 
 
 def _linear_input_gradient_cuda(grad: Tensor, *arguments: Any) -> Tensor:

@@ -23,7 +23,6 @@
 enum { LIMIT = 127 * 128 + 63 };
 enum { ROWS_AT_ONCE = 4 };
 enum { AHEAD = 8192 };       /* bytes that a plane is prefetched ahead: rows lie one behind the other */
-enum { LONG_ROW = 4096 };    /* bytes of a row from which four rows at once are faster: fewer loads of the activation */
 
 static int available(void)
 {
@@ -275,7 +274,7 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
                      int64_t count, float *out)                                                                             \
     {                                                                                                                       \
         for (int64_t end = row + rows; row < end;) {                                                                        \
-            const int64_t most = count > 1 ? 2 : layer->codes_stride >= LONG_ROW ? 4 : 1;                                    \
+            const int64_t most = count > 1 ? 2 : ROWS_AT_ONCE;                                                              \
             const int64_t many = end - row >= most ? most : 1;                                                              \
             for (int64_t t = 0; t < count;) {                                                                               \
                 float *to = out + t;                                                                                        \

@@ -24,6 +24,7 @@ _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
 # Tokens from which rows are decoded once into a tile: for the engine's own bfloat16 product, where it has one, or for
 # PyTorch's BLAS in float32.
 _TILED_TOKENS = 24
+_TILED_NESTED_TOKENS = 16
 _BLAS_TOKENS = 32
 _TILE_BYTES = 1 << 20
 
@@ -61,7 +62,7 @@ _known: dict[tuple[Any, ...], _Described] = {}
 _MOST_KNOWN = 8192
 
 
-def _describe(packed: PackedWeight, bias: Tensor | None, in_features: int, layout: tuple[int, int, int, int]) -> _Described:
+def _describe(packed: PackedWeight, bias: Tensor | None, in_features: int, layout: tuple[int, ...]) -> _Described:
     """Checks a layer's tensors, once for each set of addresses, sizes and types, and returns its C description."""
     codes, residual, scales, exponents = packed
     key: tuple[Any, ...] = (
@@ -137,10 +138,25 @@ def linear(
     engine: Engine | None = None,
     exact: bool | None = None,
 ) -> Tensor:
+    """:func:`multiply` with names; ``engine`` defaults to the chosen one, which must exist."""
+    engine = engine or chosen()
+    assert engine is not None
+    return multiply(x, packed, bias, in_features, (bits, residual_bits, group_size, seed), engine, exact)
+
+
+def multiply(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    in_features: int,
+    layout: tuple[int, ...],
+    engine: Engine,
+    exact: bool | None,
+) -> Tensor:
     """``x @ W.T + bias`` with ``x`` [..., in_features] float16, bfloat16 or float32, any strides; same dtype out.
 
-    ``engine`` defaults to the chosen one, which must exist. ``exact`` computes in float32 throughout; it defaults to what
-    the dtype needs: True for float32, and for half precision False (activations as integers of 14 or 15 bits) unless the
+    ``layout`` is (bits, residual_bits, group_size, seed). ``exact`` computes in float32 throughout; None means what the
+    dtype needs: True for float32, and for half precision False (activations as integers of 14 or 15 bits) unless the
     environment asks for it.
     """
     dtype, shape = x.dtype, x.shape
@@ -149,9 +165,7 @@ def linear(
             f"x is a {dtype} tensor of shape {tuple(shape)} on {x.device}: "
             f"float32, float16 or bfloat16 [..., {in_features}] on the CPU is needed here"
         )
-    described = _describe(packed, bias, in_features, (bits, residual_bits, group_size, seed))
-    engine = engine or chosen()
-    assert engine is not None
+    described = _describe(packed, bias, in_features, layout)
     if exact is None:
         exact = dtype == torch.float32 or always_exact()
     if x.is_contiguous():
@@ -163,7 +177,7 @@ def linear(
     out = torch.empty((*shape[:-1], described.layer.rows), dtype=dtype)
     tokens = x.numel() // in_features
     tiled = engine.has_tiled and dtype == torch.bfloat16 and not exact
-    if tiled and tokens >= _TILED_TOKENS:
+    if tiled and tokens >= (_TILED_NESTED_TOKENS if layout[1] else _TILED_TOKENS):
         mode = _TILED
     elif tokens >= _BLAS_TOKENS and not tiled:
         return _with_blas(flat.view(tokens, in_features), described, out, engine)
