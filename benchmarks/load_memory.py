@@ -1,5 +1,5 @@
 """Peak memory of loading, against the floor: the quantized model plus its largest layer; and of quantizing a checkpoint that
-is never loaded, where the floor is the largest layer alone.
+is never loaded, and of converting the result to bf16, where the floor is the largest layer alone.
 
     python benchmarks/load_memory.py                   # a random bf16 Llama of 0.5 GB in shards of 100 MB
     python benchmarks/load_memory.py --megabytes 2000 --bits 4 --residual-bits 4
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 8192
-WAYS = ("dense", "on the fly", "pre-quantized", "streamed")
+WAYS = ("dense", "on the fly", "pre-quantized", "streamed", "converted")
 
 
 def write_model(folder: Path, megabytes: int) -> None:
@@ -96,6 +96,9 @@ def measure(way: str, folder: str, bits: int, residual_bits: int, device: str) -
         report = tq.quantize_checkpoint(folder, f"{folder}-streamed", config, device=device, progress=False)
         size, largest = 0, max(HIDDEN * VOCABULARY, HIDDEN * INTERMEDIATE) * 2
         assert len(report.layers) > 6
+    elif way == "converted":
+        tq.convert_checkpoint(folder, f"{folder}-bf16", progress=False)
+        size, largest = 0, max(HIDDEN * VOCABULARY, HIDDEN * INTERMEDIATE) * 2
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         for parameter in model.parameters():  # mapped pages count once they are touched
@@ -129,7 +132,7 @@ def run_all(megabytes: int, bits: int, residual_bits: int, device: str) -> dict[
                     f"tq.TurboQuantConfig(bits={bits}, residual_bits={residual_bits})), {str(quantized)!r})"
                 )
                 subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
-            folder = quantized if way == "pre-quantized" else dense
+            folder = quantized if way in ("pre-quantized", "converted") else dense
             command = [sys.executable, __file__, "--measure", way, str(folder)]
             command += ["--bits", str(bits), "--residual-bits", str(residual_bits), "--device", device]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -201,6 +201,20 @@ def test_eval_uses_the_text_of_the_package(cli, dense):
     assert (code, json.loads(out)["text"]) == (0, "sample")
 
 
+def test_convert(cli, checkpoint, tmp_path):
+    code, out, err = cli("convert", checkpoint, tmp_path / "bf16")
+    assert code == 0, err
+    assert "model.layers.1.mlp.down_proj" in out
+    assert "14 matrices to bf16" in out
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert not hasattr(model.config, "quantization_config")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "bf16")("ab").input_ids == [68, 69]
+    code, out, err = cli("convert", checkpoint, tmp_path / "int4", "--to", "int4", "--json")
+    values = json.loads(out)
+    assert (code, values["group_size"], len(values["layers"])) == (0, 32, 14), err
+    assert 1e-3 < values["error"] < 2e-2
+
+
 def test_generate(cli, checkpoint):
     code, out, err = cli("generate", checkpoint, "abc", "--max-new-tokens", 4)
     assert code == 0, err
@@ -226,6 +240,9 @@ def test_generate(cli, checkpoint):
         (["eval", "{dense}", "--text", "{tmp}/nowhere.txt"], "nowhere.txt"),
         (["eval", "{dense}", "--window-length", "500000"], "windows of 500000"),
         (["generate", "{dense}", ""], "no tokens"),
+        (["convert", "{dense}", "{tmp}/out"], "quantize it first"),
+        (["convert", "{checkpoint}", "{dense}"], "allow overwriting"),
+        (["convert", "{tmp}/nowhere", "{tmp}/out"], "no such folder: "),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(cli, dense, checkpoint, tmp_path, arguments, words):

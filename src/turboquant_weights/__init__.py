@@ -10,7 +10,7 @@ from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, FormatError, QuantizationError, ScheduleError, TurboQuantError
 from .experts import TurboQuantExperts
 from .fusion import fuse_projections, unfuse_projections
-from .integrations import load, quantize_checkpoint, register_lazily, save
+from .integrations import convert_checkpoint, load, quantize_checkpoint, register_lazily, save
 from .linear import TurboQuantLinear
 from .model import LayerReport, QuantizationReport
 from .quantize import quantize_model
@@ -29,6 +29,7 @@ __all__ = [
     "TurboQuantError",
     "TurboQuantExperts",
     "TurboQuantLinear",
+    "convert_checkpoint",
     "fuse_projections",
     "load",
     "plan_bits",

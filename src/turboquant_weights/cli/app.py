@@ -21,7 +21,7 @@ from ..calibration import Calibration
 from ..config import MAX_SEED, TurboQuantConfig, with_skip
 from ..errors import ConfigError
 from . import tables
-from .models import Dtype, continue_text, input_embedding, need_tokenizer, open_model, open_unloaded
+from .models import ConversionFormat, Dtype, continue_text, input_embedding, need_tokenizer, open_model, open_unloaded
 
 app = typer.Typer(
     name="turboquant-weights",
@@ -232,6 +232,33 @@ def inspect(
         _print_json(tables.checkpoint_dict(info, errors))
     else:
         tables.print_checkpoint(info, errors)
+
+
+@app.command(epilog="Example: turboquant-weights convert smollm2-4+4 smollm2-int4 --to int4")
+def convert(
+    checkpoint: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to create; it appears only when complete.", show_default=False)],
+    to: Annotated[
+        ConversionFormat, typer.Option(help="bf16: plain Transformers. int4: compressed-tensors, for vLLM and Transformers.")
+    ] = ConversionFormat.BF16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write CHECKPOINT in a format that other software reads, and say what that costs.
+
+    Weights pass through one at a time. Errors are against what the quantized model computes with: in bf16 only the rounding
+    to bfloat16, in int4 that of a coarser format. The more bits CHECKPOINT has, the better the int4 weights.
+    """
+    with _quiet_stdout():
+        from ..integrations.conversion import convert_quantized
+        from ..integrations.transformers import load_tokenizer
+
+        report = convert_quantized(checkpoint, out, to.value, tokenizer=load_tokenizer(checkpoint), overwrite=overwrite)
+    if as_json:
+        _print_json({"checkpoint": checkpoint, "out": str(out), **dataclasses.asdict(report)})
+    else:
+        tables.print_conversion(report)
+        print(f"saved to {out}: {tables.megabytes(report.bytes)} of weights")
 
 
 @app.command(epilog="Example: turboquant-weights verify smollm2-4bit")

@@ -24,6 +24,13 @@ class Dtype(str, enum.Enum):
     FLOAT16 = "float16"
 
 
+class ConversionFormat(str, enum.Enum):
+    """Values of ``--to``."""
+
+    BF16 = "bf16"
+    INT4 = "int4"
+
+
 def is_checkpoint(model: str | os.PathLike[str]) -> bool:
     """Whether this is a local folder that this package wrote, damaged or not."""
     try:

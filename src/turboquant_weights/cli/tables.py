@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -17,6 +17,9 @@ from ..budget import BitPlan
 from ..checkpoint import CheckpointInfo
 from ..errors import ConfigError
 from ..evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from ..integrations.conversion import ConversionReport
 
 
 def megabytes(size: int) -> str:
@@ -36,6 +39,16 @@ def table(*columns: str, title: str | None = None) -> Table:
     for i, column in enumerate(columns):
         out.add_column(column, justify="right" if i else "left", no_wrap=True, overflow="fold")
     return out
+
+
+def print_conversion(report: ConversionReport) -> None:
+    """The error of each matrix, then the whole."""
+    out = console()
+    matrices = table("matrix", "relative squared error")
+    for name, error in report.layers.items():
+        matrices.add_row(name, f"{error:.2e}")
+    out.print(matrices)
+    out.print(str(report), markup=False)
 
 
 def checkpoint_dict(info: CheckpointInfo, errors: dict[str, float] | None = None) -> dict[str, Any]:

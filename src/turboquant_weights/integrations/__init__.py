@@ -18,6 +18,8 @@ from ..modules import load_module, save_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .conversion import ConversionReport
+
 _REGISTRY = "transformers.quantizers.auto"
 _MAX_SHARD_SIZE = "50GB"
 
@@ -164,3 +166,38 @@ def quantize_checkpoint(
     settings = with_skip(config or TurboQuantConfig(), skip)
     options = dict(tokenizer=tokenizer, device=device, max_shard_size=max_shard_size, overwrite=overwrite)
     return quantize_dense(DenseCheckpoint(model, dtype), out, settings, progress=progress, **options)
+
+
+def convert_checkpoint(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str = "bf16",
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ConversionReport:
+    """Writes a quantized checkpoint in a format that other software reads, one weight at a time.
+
+    Args:
+        folder: A checkpoint of this package, folder or hub id.
+        out: The folder to create; it appears only when complete. ``overwrite``: as in :func:`save`.
+        format: ``"bf16"``: a plain Transformers folder. ``"int4"``: compressed-tensors, pack-quantized, which vLLM and
+            Transformers load: symmetric integers in groups of 128 columns, or 64 or 32 where 128 does not divide them.
+        tokenizer: Saved beside the model if given.
+        max_shard_size: Bytes of one file.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The error of the conversion per matrix and in all, against what the planes mean; and what stayed bfloat16.
+
+    Raises:
+        ConfigError: the model is not quantized by this package, or has nothing that could be int4.
+        FormatError: the checkpoint breaks a rule of FORMAT.md. FileExistsError: ``out`` exists and must not be replaced.
+        OSError: the disk is too small, which is checked first.
+    """
+    from .conversion import convert_quantized
+
+    options = dict(tokenizer=tokenizer, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+    return convert_quantized(folder, out, format, **options)
