@@ -130,6 +130,11 @@ def unpack(words, columns):
     return torch.from_numpy(fields.reshape(words.shape[0], -1)[:, :columns].astype(np.int64) - 8)
 
 
+def decode(packed, scales, zeros, shape, group_size):
+    zero = 0 if zeros is None else unpack(zeros.T.contiguous(), shape[0]).T.repeat_interleave(group_size, 1)
+    return (unpack(packed, shape[1]) - zero) * scales.float().repeat_interleave(group_size, 1)
+
+
 @pytest.mark.parametrize("group_size", [128, 64, 32])
 def test_rounding_to_int4(group_size):
     torch.manual_seed(group_size)
@@ -137,22 +142,49 @@ def test_rounding_to_int4(group_size):
     weight[7] = 0
     weight[8, 3] = 100
     rounded = round_to_int4(weight, group_size)
-    assert (rounded.packed.dtype, rounded.scales.dtype) == (torch.int32, torch.bfloat16)
-    decoded = unpack(rounded.packed, 384) * rounded.scales.double().repeat_interleave(group_size, 1)
+    assert (rounded.packed.dtype, rounded.zeros.dtype, rounded.scales.dtype) == (torch.int32, torch.int32, torch.bfloat16)
+    decoded = decode(rounded.packed, rounded.scales, rounded.zeros, weight.shape, group_size).double()
     error = (decoded - weight).square().sum() / weight.double().square().sum()
     assert float(error) == pytest.approx(rounded.error, rel=1e-3)
     assert decoded[7].abs().max() == 0
-    # Better than the scale that just avoids clipping, and near the best scale of each group that a finer search finds.
+    # Better than minimum and maximum, and near the best grid of each group that a finer search finds.
     groups = weight[:7].unflatten(1, (-1, group_size))
     own = (decoded[:7].float().unflatten(1, (-1, group_size)) - groups).square().sum(-1)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     finest = torch.full_like(own, torch.inf)
-    for factor in torch.linspace(0.3, 1.2, 400):
-        scale = (groups.abs().amax(-1, keepdim=True) / 7 * factor).bfloat16().float()
-        finest = torch.minimum(finest, ((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(-1))
-    plain = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
-    unsearched = ((groups / plain).round().clamp(-8, 7) * plain - groups).square().sum(-1)
-    assert own.sum() < 1.02 * finest.sum()
-    assert own.sum() < 0.95 * unsearched.sum()
+    for fraction in torch.linspace(0.5, 1.1, 61):
+        scale = ((high - low) * fraction / 15).bfloat16().float()
+        for zero in range(-8, 8):
+            error = (((groups / scale).round() + zero).clamp(-8, 7) - zero) * scale - groups
+            finest = torch.minimum(finest, error.square().sum(-1))
+    scale = ((high - low) / 15).bfloat16().float()
+    zero = (-8 - low / scale).round()
+    unsearched = (((groups / scale).round() + zero).clamp(-8, 7) - zero) * scale - groups
+    assert own.sum() < 1.05 * finest.sum()
+    assert own.sum() < 0.95 * unsearched.square().sum()
+
+
+def test_symmetric_rounding():
+    torch.manual_seed(1)
+    weight = torch.randn(40, 256)
+    weight[5, :128] = 0
+    rounded = round_to_int4(weight, 128, symmetric=True)
+    assert rounded.zeros is None
+    decoded = decode(rounded.packed, rounded.scales, None, weight.shape, 128)
+    assert decoded[5, :128].abs().max() == 0
+    assert float((decoded - weight).square().sum() / weight.square().sum()) == pytest.approx(rounded.error, rel=1e-3)
+    plain = weight.unflatten(1, (-1, 128))
+    scale = plain.abs().amax(-1, keepdim=True) / 7
+    unsearched = ((plain / scale).round() * scale - plain).nan_to_num().square().sum() / weight.square().sum()
+    assert rounded.error < 0.85 * unsearched
+
+
+def test_groups_of_one_sign():
+    weight = torch.cat([torch.rand(4, 32) + 1, -torch.rand(4, 32) - 1])
+    rounded = round_to_int4(weight, 32)
+    decoded = decode(rounded.packed, rounded.scales, rounded.zeros, weight.shape, 32)
+    assert float((decoded - weight).square().sum() / weight.square().sum()) == pytest.approx(rounded.error, rel=1e-3)
+    assert rounded.error < 2e-3
 
 
 def test_int4_files(llama, tmp_path):
@@ -166,11 +198,10 @@ def test_int4_files(llama, tmp_path):
     errors = total = 0.0
     for name, module in model.named_modules():
         if isinstance(module, tq.TurboQuantLinear) and name != "lm_head":
-            rows, columns = tensors[f"{name}.weight_shape"].tolist()
-            scales = tensors[f"{name}.weight_scale"].float().repeat_interleave(32, 1)
-            decoded = unpack(tensors[f"{name}.weight_packed"], columns) * scales
+            shape = tensors[f"{name}.weight_shape"].tolist()
+            decoded = decode(*(tensors[f"{name}.weight_{part}"] for part in ("packed", "scale", "zero_point")), shape, 32)
             weight = module.dequantize(torch.float32)
-            assert weight.shape == (rows, columns)
+            assert list(weight.shape) == shape
             error, square = (decoded - weight).square().sum(), weight.square().sum()
             assert float(error / square) == pytest.approx(report.layers[name], rel=1e-3)
             errors, total = errors + error, total + square

@@ -184,7 +184,7 @@ def convert_checkpoint(
         folder: A checkpoint of this package, folder or hub id.
         out: The folder to create; it appears only when complete. ``overwrite``: as in :func:`save`.
         format: ``"bf16"``: a plain Transformers folder. ``"int4"``: compressed-tensors, pack-quantized, which vLLM and
-            Transformers load: symmetric integers in groups of 128 columns, or 64 or 32 where 128 does not divide them.
+            Transformers load, in groups of 128 columns, or of 64 or 32 where 128 does not divide them all.
         tokenizer: Saved beside the model if given.
         max_shard_size: Bytes of one file.
         progress: Show a progress bar on stderr.
