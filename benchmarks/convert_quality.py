@@ -3,8 +3,8 @@
     python benchmarks/convert_quality.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.test.raw
 
 The linear layers of the reference are quantized by this package (4+4 and 4 bits), decoded, and rounded again by each
-format, as matrices; embedding and head stay as they are. "as converted" is the checkpoint that ``convert_checkpoint`` writes,
-read by the compressed-tensors package through Transformers. Float32, CPU.
+format, as matrices; embedding and head stay as they are. "as converted" is the checkpoint that ``convert_checkpoint``
+writes, read by the compressed-tensors package through Transformers. Float32, CPU.
 
 A GGUF reference may lie on the grid of one of the formats: SmolLM2's is Q4_1, which then comes back without a loss. Such a
 row says nothing about other models; the errors on Gaussian matrices, which are printed too, do.
