@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "triton": {"kernels"},
     "transformers": {"integrations", "cli"},
     "vllm": {"integrations"},
+    "peft": {"integrations"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
@@ -99,7 +100,7 @@ def test_importing_has_no_side_effects():
     code = """
 import sys
 import turboquant_weights
-heavy = {"triton", "transformers", "accelerate", "typer", "rich", "gguf", "vllm"} & set(sys.modules)
+heavy = {"triton", "transformers", "accelerate", "peft", "typer", "rich", "gguf", "vllm"} & set(sys.modules)
 assert not heavy, heavy
 import torch
 assert not torch.cuda.is_initialized()
@@ -133,6 +134,7 @@ def test_public_names():
         "ConfigError",
         "FormatError",
         "LayerReport",
+        "MergeReport",
         "QuantizationError",
         "QuantizationReport",
         "ScheduleError",
@@ -144,6 +146,7 @@ def test_public_names():
         "convert_checkpoint",
         "fuse_projections",
         "load",
+        "merge_report",
         "plan_bits",
         "quantize_checkpoint",
         "quantize_model",

@@ -11,6 +11,7 @@ from .errors import ConfigError, FormatError, QuantizationError, ScheduleError, 
 from .experts import TurboQuantExperts
 from .fusion import fuse_projections, unfuse_projections
 from .integrations import convert_checkpoint, load, quantize_checkpoint, register_lazily, save
+from .integrations.merging import MergeReport, merge_report
 from .linear import TurboQuantLinear
 from .model import LayerReport, QuantizationReport
 from .quantize import quantize_model
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "FormatError",
     "LayerReport",
+    "MergeReport",
     "QuantizationError",
     "QuantizationReport",
     "ScheduleError",
@@ -32,6 +34,7 @@ __all__ = [
     "convert_checkpoint",
     "fuse_projections",
     "load",
+    "merge_report",
     "plan_bits",
     "quantize_checkpoint",
     "quantize_model",

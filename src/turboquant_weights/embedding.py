@@ -113,7 +113,7 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):  # type: ignore[override]
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The dense module that this one stands for, of the class it was made from."""
         out = self.dense_class.__new__(self.dense_class)
-        own = ("bits", "residual_bits", "group_size", "seed", "quantization_error", "dense_dtype")
+        own = ("bits", "residual_bits", "group_size", "seed", "quantization_error", "merge_error", "dense_dtype")
         vars(out).update({key: value for key, value in _state(self).items() if key not in own})
         for plane in PLANES:
             del out._parameters[plane]

@@ -179,6 +179,10 @@ class _Member(TurboQuantLinear):
         self.group.invalidate()
         return self
 
+    def _set_planes(self, packed: PackedWeight) -> None:
+        super()._set_planes(packed)
+        self.group.invalidate()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Member:
         super()._apply(fn, recurse)
         self.group.invalidate()

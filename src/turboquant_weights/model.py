@@ -250,6 +250,11 @@ def _default_skips(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
     return skipped
 
 
+def adapted_layer(model: nn.Module) -> str | None:
+    """Name of the first layer that PEFT has wrapped; known by an attribute, so that PEFT need not be there."""
+    return next((name for name, module in model.named_modules() if hasattr(module, "merged_adapters")), None)
+
+
 def dense_parameters(model: nn.Module, skipped: Collection[str] = ()) -> dict[str, int]:
     """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer and not quantized.
 
@@ -302,7 +307,7 @@ def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
     """Everything that can be wrong is found here, before anything is replaced.
 
     Raises:
-        ConfigError: a pattern matches nothing, or the model is quantized already.
+        ConfigError: a pattern matches nothing, the model is quantized already, or it has adapters.
         QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position).
     """
     job = plan_job(model, config)
@@ -320,6 +325,11 @@ def plan_job(model: nn.Module, config: TurboQuantConfig) -> Job:
     """:func:`prepare` without a look at the weights: works on the meta device."""
     if any(isinstance(module, PackedPlanes) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
+    adapted = adapted_layer(model)
+    if adapted is not None:
+        raise ConfigError(
+            f"{adapted} has an adapter: merge it, or quantize first and put the adapter on the quantized model"
+        )
     embeddings = plan_embeddings(model, config)
     tied = tied_heads(model, embeddings)
     found, left = find_stacks(model, config)

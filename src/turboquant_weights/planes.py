@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import ops, reference
 from .config import TurboQuantConfig
+from .errors import QuantizationError
 from .reference import PackedWeight, packed_shapes
 
 PLANES = ("codes", "residual", "scales", "exponents")
@@ -35,6 +36,8 @@ class PackedPlanes(nn.Module):
     dense_dtype: torch.dtype
     # ||W - W'||^2 / ||W||^2, known where the weight was quantized.
     quantization_error: float | None
+    # What rounding cost when an adapter was merged in; see ``integrations/merging.py``.
+    merge_error: Any = None
 
     @property
     def shape(self) -> Any:
@@ -169,7 +172,8 @@ class LazyWeight(Tensor):
     """A weight that is decoded when its values are first needed, and then kept as long as this object lives.
 
     Model code reads ``weight.dtype`` or ``weight.device`` in every forward, which must not decode a whole vocabulary. To get
-    an ordinary tensor, e.g. for an ``nn.Parameter``, call ``dequantize()`` of the module.
+    an ordinary tensor, e.g. for an ``nn.Parameter``, call ``dequantize()`` of the module. Writing to it is an error: only a
+    copy would change, and whoever merges something into a weight would not learn that nothing happened.
     """
 
     _is_hf_initialized = True  # Transformers leaves weights with this mark alone
@@ -195,6 +199,14 @@ class LazyWeight(Tensor):
         if func in _KNOWN_WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        name = func.__name__
+        writes = name in _WRITING or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if writes and isinstance(args[0], cls):
+            raise QuantizationError(
+                f"{name} on the weight of a quantized module: it is decoded from packed planes and cannot be written to. "
+                "Dequantize the model first. (PEFT merges LoRA adapters if turboquant_weights was imported before their "
+                "config was made)"
+            )
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -210,4 +222,9 @@ _KNOWN_WITHOUT_VALUES = {
         getattr(Tensor, name)
         for name in ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__")
     ),
+}
+_WRITING = {
+    "__set__",
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
 }

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 _REGISTRY = "transformers.quantizers.auto"
 _MAX_SHARD_SIZE = "50GB"
+_LORA = "peft.tuners.lora"
 
 
 def register_lazily() -> None:
-    """Registers the quantizer as soon as Transformers' registry is imported: at once if it is already.
+    """Registers the quantizer as soon as Transformers' registry is imported, and the adapters' layers as soon as PEFT's LoRA
+    is: at once if they are already.
 
     So ``import turboquant_weights`` works before and after ``import transformers``, and imports it in neither case.
     """
     wrapt.register_post_import_hook(_register, _REGISTRY)
+    wrapt.register_post_import_hook(_register_adapters, _LORA)
 
 
 def _register(module: ModuleType) -> None:
@@ -38,6 +41,12 @@ def _register(module: ModuleType) -> None:
     # Whoever imports that module first triggers this hook in the middle of it; it then registers at its own end.
     if hasattr(transformers, "register"):
         transformers.register()
+
+
+def _register_adapters(module: ModuleType) -> None:
+    from . import peft
+
+    peft.register()
 
 
 @overload

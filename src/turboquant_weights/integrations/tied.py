@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..planes import PLANES, PackedPlanes
 
 
@@ -26,6 +28,53 @@ def untie_planes(model: Any, original: Any) -> None:
         vars(owner).pop("_tied_weights_keys", None)
         owner.all_tied_weights_keys = dict(names[name].all_tied_weights_keys)
     model.tie_weights(recompute_mapping=False)
+
+
+def settle_ties(model: Any) -> list[str]:
+    """Makes the config say what is true. Modules whose planes are no longer those that they were tied to, because an adapter
+    was merged into one of the two, are independent: both are stored from now on. Returns their names.
+
+    Where all are still tied, the config says so again: PEFT compares addresses of weights when it unloads adapters, and
+    those of weights that are decoded differ.
+
+    Raises:
+        ConfigError: other planes are still tied, and a Transformers config ties all of them or none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tied = {
+        target.removesuffix(".codes"): source.removesuffix(".codes")
+        for target, source in model.all_tied_weights_keys.items()
+        if target.endswith(".codes")
+    }
+    released = [name for name, source in tied.items() if _differ(modules[name], modules[source])]
+    if not released:
+        if tied:
+            _set_tied(model, True)
+        return []
+    if len(released) < len(tied):
+        raise ConfigError(
+            f"{released[0]} no longer shares the planes of {tied[released[0]]} (an adapter was merged into one of them), "
+            f"but {min(tied.keys() - set(released))} shares others: a config ties all of them or none. Unmerge, and keep "
+            "the adapter apart"
+        )
+    names = tuple(f"{name}." for name in released)
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(names)}
+    _set_tied(model, False)
+    return released
+
+
+def _set_tied(model: Any, tied: bool) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
+
+
+def _differ(a: nn.Module, b: nn.Module) -> bool:
+    if not isinstance(a, PackedPlanes) or not isinstance(b, PackedPlanes):
+        return False  # inside an adapter: then only that is saved
+    if a.settings != b.settings or a.codes is b.codes or a.codes.is_meta or b.codes.is_meta:
+        return False  # other settings are an error of their own; what is offloaded cannot have changed
+    pairs = zip(a.packed, b.packed, strict=True)
+    return any(p is not None and q is not None and not torch.equal(p, q.to(p.device)) for p, q in pairs)
 
 
 def stored_modules(model: Any) -> dict[str, PackedPlanes]:

@@ -67,7 +67,7 @@ from ..reference import MAX_EXPONENT, quantize_weight
 from ..tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
 from .experts import use_stacks
 from .model_card import LOAD_WITH, model_card
-from .tied import stored_modules, tie_planes, untie_planes
+from .tied import settle_ties, stored_modules, tie_planes, untie_planes
 
 logger = logging.get_logger(__name__)
 
@@ -262,6 +262,8 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the tripwire (see the module's docstring). ``config.json`` is written after this call."""
+        for name in settle_ties(model):
+            logger.warning(f"{name} was tied, but an adapter was merged into one side only: both are stored from now on")
         state = model.state_dict()
         config, first = _live_config(model, self.quantization_config)
         if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved, and they are no skips
@@ -705,6 +707,12 @@ def save_quantized(
         raise ConfigError(
             f"got a {type(model).__name__} that is not quantized by this package: a Transformers model from quantize_model, "
             "load or from_pretrained(quantization_config=TurboQuantConfig(...)) is needed"
+        )
+    adapted = walker.adapted_layer(model)
+    if adapted is not None:
+        raise ConfigError(
+            f"{adapted} has an adapter: save that alone with the model's save_pretrained, or merge it (merge_and_unload) "
+            "and save what that returns"
         )
     with atomic_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
