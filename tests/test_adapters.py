@@ -181,7 +181,7 @@ def test_a_layer_that_was_changed_while_merged_cannot_be_unmerged():
     adapted.merge_adapter()
     for layer in layers(adapted).values():
         layer.base_only_()
-    with pytest.raises(tq.ConfigError, match="cannot be put back"):
+    with pytest.raises(tq.ConfigError, match="the planes from before cannot be used"):
         adapted.unmerge_adapter()
 
 

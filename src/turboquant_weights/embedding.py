@@ -202,7 +202,7 @@ def check_forward(quantized: TurboQuantEmbedding, name: str) -> None:
             results.append(probe(ids))
         expected, got = results
         # Equal up to the rounding of sums of another order; a factor that one of them lacks is far outside.
-        error, norm = (got.double() - expected.double()).norm(), expected.double().norm()
+        error, norm = (got.float() - expected.float()).norm(), expected.float().norm()
         agrees = got.shape == expected.shape and got.dtype == expected.dtype and bool(error <= 0.02 * norm)
     except Exception as error:
         raise QuantizationError(f"{name}, {_WHICH.format(quantized.dense_class.__name__)} raised {error!r}") from error

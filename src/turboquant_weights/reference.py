@@ -261,6 +261,10 @@ def quantize_weight(
         QuantizationError: not a matrix, not floating point, or an entry is NaN, infinite or above about 1e34.
     """
     check_matrix(weight, name)
+    if weight.device.type == "mps":  # Metal has neither float64 nor frexp, and shares the processor's memory
+        layout = dict(bits=bits, residual_bits=residual_bits, group_size=group_size, seed=seed)
+        planes, relative = quantize_weight(weight.cpu(), **layout, name=name)
+        return Quantized(planes.map(lambda plane: plane.to(weight.device)), relative)
     k = weight.shape[1]
     columns, block = padded_features(k), rotation_block(k, group_size)
     parts = []

@@ -39,6 +39,13 @@ class _Original(NamedTuple):
     settings: dict[str, Any]
     quantization_error: float | None
 
+    def check(self, base: PackedPlanes) -> None:
+        if base.settings != self.settings:
+            raise ConfigError(
+                f"the layer has {base.settings} now and had {self.settings} when an adapter was merged into it: the planes "
+                "from before cannot be used. Load the model again"
+            )
+
 
 class _OnPlanes(lora.LoraLayer):
     """Merging for PEFT's LoRA layers, in front of which it stands in the method resolution order."""
@@ -46,6 +53,15 @@ class _OnPlanes(lora.LoraLayer):
     base_layer: nn.Module
     merged_adapters: list[str]
     _original: _Original | None = None
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter."""
+        if getattr(getattr(self.get_base_layer(), "_hf_hook", None), "offload", False):
+            raise ConfigError(
+                "the model's device map keeps this layer on disk or in main memory until it runs: PEFT would make its "
+                "adapter without values. Load the model where it fits, or leave such layers out of target_modules"
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters and rounds the result again; ``turboquant_weights.merge_report`` says what the rounding cost.
@@ -67,6 +83,7 @@ class _OnPlanes(lora.LoraLayer):
             base.settings,
             base.quantization_error,
         )
+        original.check(base)
         merged = list(self.merged_adapters)
         dense = _stand_in(base, original)
         before = dense.weight.detach().clone()
@@ -100,11 +117,7 @@ class _OnPlanes(lora.LoraLayer):
         if not isinstance(base, PackedPlanes) or original is None:
             super().unmerge()
             return
-        if base.settings != original.settings:
-            raise ConfigError(
-                f"the layer has {base.settings} now and had {original.settings} when the adapter was merged: its planes "
-                "cannot be put back. Load the model again"
-            )
+        original.check(base)
         device = base.codes.device
         for plane in original.planes:
             if plane is not None:

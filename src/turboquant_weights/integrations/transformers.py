@@ -65,6 +65,7 @@ from ..modules import stored_config
 from ..planes import PLANES, PackedPlanes
 from ..reference import MAX_EXPONENT, quantize_weight
 from ..tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
+from .devices import check_device_map
 from .experts import use_stacks
 from .model_card import LOAD_WITH, model_card
 from .tied import settle_ties, stored_modules, tie_planes, untie_planes
@@ -198,13 +199,14 @@ class TurboQuantHfQuantizer(HfQuantizer):
         return QuantizeLinear(self)
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
             self._declare_layers(model)
             self._loading = (model, checkpoint_files or [])
         else:
             self._plan(model)
+        check_device_map(model, device_map)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any | None = None) -> list[Any]:
         """The one moment at which Transformers has the final names and has read no tensor yet.
