@@ -35,7 +35,7 @@ LEVELS = [
     {"partial", "modules"},
     {"evaluation"},
     {"integrations"},
-    {"cli", "__main__"},
+    {"cli", "lm_eval", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
