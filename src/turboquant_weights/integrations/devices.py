@@ -66,6 +66,6 @@ def _check_device(key: str, device: Any) -> None:
             f"device_map sends {key!r} to {device!r}: devices are called like 0, 'cuda:0', 'cpu' or 'disk'"
         ) from None
     backend = getattr(torch, place.type, None)
-    count = backend.device_count() if hasattr(backend, "device_count") else 1
+    count = backend.device_count() if backend is not None and hasattr(backend, "device_count") else 1
     if (place.index or 0) >= count:
         raise ConfigError(f"device_map sends {key!r} to {place}: PyTorch finds {count} {place.type} devices here")
