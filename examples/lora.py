@@ -75,7 +75,8 @@ def main() -> None:
 @torch.no_grad()
 def loss(model: Any, examples: list[dict[str, torch.Tensor]]) -> float:
     model.eval()
-    losses = [model(**{key: value[None].to(model.device) for key, value in e.items()}).loss.item() for e in examples]
+    some = examples[:16]  # enough to see a difference
+    losses = [model(**{key: value[None].to(model.device) for key, value in e.items()}).loss.item() for e in some]
     return sum(losses) / len(losses)
 
 
