@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantLinear
+from turboquant_weights.experts import TurboQuantExperts
 from turboquant_weights.integrations.vllm.shards import Shard, Shards, window
+from turboquant_weights.integrations.vllm.stacks import Experts
 from turboquant_weights.rotation import rotate, rotation_block, seed_from_column, signs
 
 
@@ -127,6 +129,72 @@ def test_lookup_of_padded_rows():
     rows = shards.lookup(ids, torch.float32)
     assert torch.equal(rows[0], whole.dequantize()[[0, 9]])
     assert not rows[1, 0].any()
+
+
+def stacks(config, columns=96, rows=64, count=3):
+    torch.manual_seed(2)
+    stack = TurboQuantExperts.from_parameter(torch.randn(count, rows, columns), "out_in", config)
+    return stack, {plane: tensor for plane, tensor in stack.packed._asdict().items() if tensor is not None}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parts_of_experts_add_up(ranks):
+    """Gate and up give each rank the same rows of both; 80 columns of down are two and a half blocks of 32."""
+    config = TurboQuantConfig(4, 2, seed=4)
+    up, up_planes = stacks(config, 96, 320)
+    down, down_planes = stacks(TurboQuantConfig(3, seed=4), 160, 96)
+    x, experts = torch.randn(7, 96), torch.tensor([0, 2, 2, 1, 0, 2, 3])  # 3: on another rank
+    total, size = torch.zeros(7, 96), 160 // ranks
+    for rank in range(ranks):
+        part = Experts(
+            ["up", "down"], [config, TurboQuantConfig(3, seed=4)], range(3), (96, 160), True, rank * size, (rank + 1) * size
+        )
+        for plane, tensor in up_planes.items():
+            part.up.put(plane, tensor)
+        for plane, tensor in down_planes.items():
+            part.down.put(plane, tensor)
+        part.check_complete()
+        gate, rest = part.up(x, experts).chunk(2, -1)
+        total += part.down(gate * rest, experts)
+    gate, rest = up(x, experts).chunk(2, -1)
+    expected = down(gate * rest, experts)
+    assert torch.allclose(total, expected, atol=1e-4 * float(expected.abs().max()))
+    assert not total[-1].any()
+
+
+def test_experts_of_one_rank_and_their_errors():
+    config = TurboQuantConfig(4)
+    whole, planes = stacks(config)
+    part = Experts(["m.up", "m.down"], [config, config], [2, 0], (96, 32), True, 0, 32)
+    with pytest.raises(FormatError, match=r"m\.up\.codes is torch\.uint8 \[3, 64, 16\]: it must be .* rows of 48"):
+        part.up.put("codes", planes["codes"][..., :16])
+    with pytest.raises(FormatError, match=r"m\.up\.residual is stored, but config\.json gives it no such plane"):
+        part.up.put("residual", planes["codes"])
+    for plane in ("codes", "scales"):
+        part.up.put(plane, planes[plane])
+    with pytest.raises(FormatError, match=r"m\.up\.exponents did not come with the checkpoint for expert 2"):
+        part.check_complete()
+    part.up.put("exponents", planes["exponents"])
+    x = torch.randn(4, 96)
+    assert torch.equal(part.up(x, torch.tensor([0, 1, 1, 0])), whole(x, torch.tensor([2, 0, 0, 2])))
+
+
+def test_experts_quantized_while_loading():
+    torch.manual_seed(6)
+    config = TurboQuantConfig(4, 2)
+    up, down = torch.randn(2, 64, 96), torch.randn(2, 96, 32)
+    part = Experts(["up", "down"], [config, config], [0, 1], (96, 32), True, 16, 32)
+    for expert in range(2):
+        part.up.quantize(expert, 0, up[expert, :32], 16)
+        part.up.quantize(expert, 1, up[expert, 32:], 16)
+        part.down.quantize(expert, 0, down[expert], 0)
+    part.check_complete()
+    stored = Experts(["up", "down"], [config, config], [0, 1], (96, 32), True, 16, 32)
+    for stack, weight in ((stored.up, up), (stored.down, down)):
+        for plane, tensor in TurboQuantExperts.from_parameter(weight, "out_in", config).packed._asdict().items():
+            stack.put(plane, tensor)
+    for a, b in zip(part.parameters(), stored.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_errors_name_the_tensor():

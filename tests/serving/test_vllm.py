@@ -27,6 +27,7 @@ from turboquant_weights.checkpoint import MANIFEST_FILE, validate
 TOLERANCE = 1e-4
 QWEN = dict(hidden_size=128)  # vLLM's head size of Qwen2 is hidden_size / heads
 TIED = dict(tie_word_embeddings=True)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, mlp_only_layers=[], norm_topk_prob=True)
 MIXED = TurboQuantConfig(
     4,
     2,
@@ -42,6 +43,7 @@ CHECKPOINTS = {
     "llama-tied-embedding": ("Llama", TIED, EMBEDDING),
     "qwen2-biases-embedding": ("Qwen2", {**QWEN, **TIED}, EMBEDDING),
     "qwen2-mixed": ("Qwen2", QWEN, MIXED),
+    "qwen3-moe": ("Qwen3Moe", MOE, TurboQuantConfig(4, 2, layer_bits={"*.experts.down_proj": (4, 4)})),
 }
 
 
@@ -75,23 +77,34 @@ def test_logits_are_those_of_transformers(folder, name):
     assert difference(got, tokens, folder(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama-mixed-dense-head", "qwen2-biases-embedding"])
-def test_two_ranks_give_the_same_logits(folder, name):
-    """160 columns are five blocks of 32, of which two ranks share the middle one; the vocabulary of 97 is padded to 128."""
-    got, tokens = engine.serve(folder(name), tensor_parallel_size=2)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-mixed-dense-head", {}),
+        ("qwen2-biases-embedding", {}),
+        ("qwen3-moe", {}),
+        ("qwen3-moe", {"enable_expert_parallel": True}),
+    ],
+)
+def test_two_ranks_give_the_same_logits(folder, name, options):
+    """160 and 96 columns are five and three blocks of 32, of which two ranks share the middle one; the vocabulary of 97 is
+    padded to 128."""
+    got, tokens = engine.serve(folder(name), tensor_parallel_size=2, **options)
     assert difference(got, tokens, folder(name)) < TOLERANCE
 
 
-def test_compiled_engine_gives_the_same_logits(folder):
-    got, tokens = engine.serve(folder("llama-mixed-dense-head"), enforce_eager=False)
-    assert difference(got, tokens, folder("llama-mixed-dense-head")) < TOLERANCE
+@pytest.mark.parametrize("name", ["llama-mixed-dense-head", "qwen2-biases-embedding", "qwen3-moe"])
+def test_compiled_engine_gives_the_same_logits(folder, name):
+    got, tokens = engine.serve(folder(name), enforce_eager=False)
+    assert difference(got, tokens, folder(name)) < TOLERANCE
 
 
-def test_base_planes_alone(folder):
+@pytest.mark.parametrize("name", ["llama-tied-embedding", "qwen3-moe"])
+def test_base_planes_alone(folder, name):
     options = {"turboquant_weights": {"base_only": True}}
-    got, tokens = engine.serve(folder("llama-tied-embedding"), additional_config=options)
-    assert difference(got, tokens, folder("llama-tied-embedding"), base_only=True) < TOLERANCE
-    assert difference(got, tokens, folder("llama-tied-embedding")) > 0.05
+    got, tokens = engine.serve(folder(name), additional_config=options)
+    assert difference(got, tokens, folder(name), base_only=True) < TOLERANCE
+    assert difference(got, tokens, folder(name)) > 0.05
 
 
 def test_memory_is_that_of_the_packed_planes(folder):
@@ -191,16 +204,23 @@ def changed(source, target, change, keep_manifest=False):
     return target
 
 
-def test_swapped_shards_are_seen(folder, tmp_path):
-    """The control of all tests above: gate and up in each other's place are another model."""
+def swap_gate_and_up(tensors):
+    for plane in ("codes", "scales", "exponents"):
+        gate, up = (f"model.layers.0.mlp.{name}_proj.{plane}" for name in ("gate", "up"))
+        tensors[gate], tensors[up] = tensors[up], tensors[gate]
 
-    def swap(tensors):
-        for plane in ("codes", "scales", "exponents"):
-            gate, up = (f"model.layers.0.mlp.{name}_proj.{plane}" for name in ("gate", "up"))
-            tensors[gate], tensors[up] = tensors[up], tensors[gate]
 
-    got, tokens = engine.serve(changed(folder("llama-4"), tmp_path / "swapped", swap))
-    assert difference(got, tokens, folder("llama-4")) > 0.05
+def swap_two_experts(tensors):
+    for plane in ("codes", "residual", "scales", "exponents"):
+        stack = tensors[f"model.layers.0.mlp.experts.gate_up_proj.{plane}"]
+        tensors[f"model.layers.0.mlp.experts.gate_up_proj.{plane}"] = stack[[1, 0, 2, 3]].contiguous()
+
+
+@pytest.mark.parametrize(("name", "swap"), [("llama-4", swap_gate_and_up), ("qwen3-moe", swap_two_experts)])
+def test_swapped_shards_are_seen(folder, tmp_path, name, swap):
+    """The control of all tests above: parts in each other's place are another model."""
+    got, tokens = engine.serve(changed(folder(name), tmp_path / "swapped", swap))
+    assert difference(got, tokens, folder(name)) > 0.05
 
 
 # -- refusals, each before the first request
@@ -220,6 +240,21 @@ def test_missing_plane(folder, tmp_path):
     broken = changed(folder("llama-4+4"), tmp_path / "broken", lambda t: t.pop("model.layers.1.mlp.up_proj.residual"))
     message = refused(broken)
     assert "'model.layers.1.mlp.up_proj.residual' is absent: with 4+4 bits" in message
+
+
+def test_experts_of_another_model(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder("qwen3-moe"), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_experts": 3}))
+    assert "gate_up_proj is stored as 4 experts of 192 x 96: this model has 3 of 192 x 96" in refused(other)
+
+
+def test_experts_half_dense(tmp_path):
+    engine.random_model("Qwen3Moe", **MOE).save_pretrained(tmp_path / "dense")
+    options = {"turboquant_weights": {"skip": ["*.0.mlp.experts.down_proj"]}}
+    message = refused(tmp_path / "dense", quantization="turboquant_weights", additional_config=options)
+    assert "model.layers.0.mlp.experts.down_proj is dense, and the other stack" in message
 
 
 def test_plane_of_another_dtype(folder, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -27,6 +28,7 @@ from ...config import QUANT_METHOD, TurboQuantConfig
 from ...errors import ConfigError, FormatError
 from ...header import TensorInfo
 from ...rotation import padded_features
+from .experts import TurboQuantExpertsMethod
 from .methods import TurboQuantLinearMethod, TurboQuantVocabMethod
 
 logger = init_logger(__name__)
@@ -101,6 +103,8 @@ class TurboQuantVllmConfig(QuantizationConfig):
             return self._linear(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         return None
 
     # -- decisions
@@ -182,6 +186,35 @@ class TurboQuantVllmConfig(QuantizationConfig):
             return None
         return TurboQuantVocabMethod(name, self.settings.for_layer(name), True)
 
+    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        up = "gate_up_proj" if layer.moe_config.is_act_and_mul else "up_proj"
+        names = [f"{prefix}.{up}", f"{prefix}.down_proj"]
+        configs: list[TurboQuantConfig | None]
+        if self.stored is None:
+            configs = [None if self._skips(name) else self.settings.for_layer(name) for name in names]
+        else:
+            infos = [self.layers.get(name) for name in names]
+            configs = [None if info is None else self._claim(info) for info in infos]
+            moe = layer.moe_config
+            rows = moe.intermediate_size * (2 if moe.is_act_and_mul else 1)
+            shapes = [
+                (moe.num_experts, rows, layer.hidden_size),
+                (moe.num_experts, layer.hidden_size, moe.intermediate_size),
+            ]
+            for info, shape in zip(infos, shapes, strict=True):
+                if info is not None:
+                    _check_stack(info, shape)
+            names = [name if info is None else info.name for name, info in zip(names, infos, strict=True)]
+        both = [config for config in configs if config is not None]
+        if not both:
+            return None
+        if len(both) < 2:
+            raise ConfigError(
+                f"{names[configs.index(None)]} is dense, and the other stack of {prefix} quantized: vLLM computes both in "
+                "one step. Quantize both or skip both"
+            )
+        return TurboQuantExpertsMethod(layer.moe_config, names, both, self.stored is None)
+
     def _skips(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.skip or ())
 
@@ -227,6 +260,15 @@ def _check_columns(info: LayerInfo, in_features: int, prefix: str) -> None:
         raise FormatError(
             f"{info.name} is stored with {info.columns} columns: {prefix} of this model has {in_features} inputs, "
             f"{padded_features(in_features)} columns. The checkpoint belongs to another model; fetch it again"
+        )
+
+
+def _check_stack(info: LayerInfo, shape: tuple[int, int, int]) -> None:
+    count, rows, columns = shape
+    if (info.experts, info.out_features, info.columns) != (count, rows, padded_features(columns)):
+        raise FormatError(
+            f"{info.name} is stored as {info.experts} experts of {info.out_features} x {info.columns}: this model has "
+            f"{count} of {rows} x {columns}. The checkpoint belongs to another model; fetch it again"
         )
 
 
