@@ -246,7 +246,7 @@ def test_experts_of_another_model(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder("qwen3-moe"), other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "num_experts": 3}))
+    (other / "config.json").write_text(json.dumps({**config, "num_local_experts": 3}))
     assert "gate_up_proj is stored as 4 experts of 192 x 96: this model has 3 of 192 x 96" in refused(other)
 
 
@@ -345,6 +345,47 @@ def test_entry_point_is_re_entrant():
     first = get_quantization_config("turboquant_weights")
     register()
     assert get_quantization_config("turboquant_weights") is first
+
+
+def test_the_key_of_vllms_compilation_cache_tells_checkpoints_apart(folder, tmp_path):
+    """Seed and bits are constants of the compiled graph: a key without them would serve wrong tokens."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def key(quantization=None, **options):
+        target = tmp_path / "model"
+        shutil.copytree(folder("llama-4"), target, dirs_exist_ok=True)
+        (target / MANIFEST_FILE).unlink()
+        config = json.loads((target / "config.json").read_text())
+        config["quantization_config"].update(quantization or {})
+        (target / "config.json").write_text(json.dumps(config))
+        arguments = EngineArgs(model=str(target), dtype="float32", max_model_len=64, skip_tokenizer_init=True, **options)
+        return arguments.create_engine_config().compute_hash()
+
+    keys = [
+        key(),
+        key({"seed": 5}),
+        key({"group_size": 64}),
+        key(additional_config={"turboquant_weights": {"base_only": True}}),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_checkpoints_on_the_hub_are_checked_by_their_headers(folder, monkeypatch):
+    from vllm.transformers_utils import config as hub
+
+    from turboquant_weights.integrations.vllm.config import TurboQuantVllmConfig
+
+    source = folder("qwen3-moe")
+    stored = TurboQuantConfig.from_dict(json.loads((source / "config.json").read_text())["quantization_config"])
+    metadata = hub.get_safetensors_params_metadata(str(source))
+    monkeypatch.setattr(hub, "get_safetensors_params_metadata", lambda model, revision=None: metadata)
+    config = TurboQuantVllmConfig(stored)
+    config.maybe_update_config("somebody/model")
+    assert set(config.layers) == {layer.name for layer in validate(source).layers}
+    del metadata["model.layers.0.self_attn.o_proj.scales"]
+    with pytest.raises(FormatError, match=r"'model\.layers\.0\.self_attn\.o_proj\.scales' is missing"):
+        config.maybe_update_config("somebody/model")
 
 
 def test_errors_have_the_classes_of_the_package():

@@ -8,6 +8,7 @@ rename them (``apply_vllm_mapper``).
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ...checkpoint import LayerInfo, check_tensors, check_values, validate
 from ...config import QUANT_METHOD, TurboQuantConfig
 from ...errors import ConfigError, FormatError
-from ...header import TensorInfo
+from ...header import DTYPE_BYTES, TensorInfo
 from ...rotation import padded_features
 from .experts import TurboQuantExpertsMethod
 from .methods import TurboQuantLinearMethod, TurboQuantVocabMethod
@@ -278,8 +279,10 @@ def _layers_on_the_hub(model_name: str, revision: str | None, config: TurboQuant
 
     tensors = {}
     for name, entry in get_safetensors_params_metadata(model_name, revision=revision).items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), begin, end - begin)
+        if name == "__metadata__":
+            continue
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        tensors[name] = TensorInfo(name, dtype, shape, 0, math.prod(shape) * DTYPE_BYTES.get(dtype, 0))
     if not tensors:
         raise FormatError(
             f"{model_name}: the headers of its files cannot be read from the hub. Download it, and serve the folder"
