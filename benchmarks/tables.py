@@ -57,6 +57,16 @@ def embedding_table(path: pathlib.Path) -> list[str]:
     return lines
 
 
+def vllm_table(path: pathlib.Path) -> list[str]:
+    """Markdown lines of one result of `vllm_throughput.py measure`."""
+    rows = json.loads(path.read_text())["rows"]
+    loads = [key for key in next(iter(rows.values())) if key.endswith("tokens/s")]
+    lines = [f"| weights | file, MB | {' | '.join(loads)} |", "|---|---|" + "---|" * len(loads)]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row['file_MB']:.0f} | " + " | ".join(f"{row[load]:.0f}" for load in loads) + " |")
+    return lines
+
+
 def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         if path.name.startswith("quality-"):
@@ -65,6 +75,8 @@ def main() -> None:
             print(path.name, *speed_table(path), "", sep="\n")
         elif path.name.startswith("embedding-quality"):
             print(path.name, *embedding_table(path), "", sep="\n")
+        elif path.name.startswith("vllm-throughput"):
+            print(path.name, *vllm_table(path), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/vllm_throughput.py prepare FOLDER --gguf SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/vllm_throughput.py measure FOLDER --output benchmarks/results/vllm-throughput-cpu.json
 
-`prepare` writes one checkpoint per row. The peers' weights are rounded to nearest, which is as fast as any calibrated rounding;
-nothing here is about quality. `measure` starts vLLM's engine in this process for one row after the other, compiled as vLLM
-does by default, and takes the faster of two runs of each load. Run it twice: the first time compiles.
+`prepare` writes one checkpoint per row. The peers' weights are rounded to nearest: nothing here is about quality.
+`measure` starts vLLM's engine in this process for one row after the other, compiled as vLLM does by default, and takes the
+faster of two runs of each load. Run it twice: the first time compiles.
 """
 
 from __future__ import annotations

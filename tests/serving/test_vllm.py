@@ -302,7 +302,11 @@ def test_layer_without_a_place(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"base": True}, "it may hold 'base_only'"), ({"bits": 3}, "the rest is in the checkpoint")],
+    [
+        ({"base": True}, "it may hold 'base_only'"),
+        ({"bits": 3}, "the rest is in the checkpoint"),
+        (True, "it must be an object of settings"),
+    ],
 )
 def test_options_of_a_quantized_checkpoint(folder, options, message):
     assert message in refused(folder("llama-4"), additional_config={"turboquant_weights": options})
@@ -314,6 +318,7 @@ def test_options_of_a_quantized_checkpoint(folder, options, message):
         ({"base_only": True}, "this checkpoint is not quantized yet"),
         ({"bits": 5}, "bits is 5: it must be one of 2, 3, 4"),
         ({"bit": 4}, "unknown keys ['bit']"),
+        ({"skip": ["*.0_proj"]}, "skip pattern '*.0_proj' matches no layer of vLLM's model: it has model.embed_tokens"),
     ],
 )
 def test_options_of_a_dense_checkpoint(tmp_path, options, message):

@@ -51,6 +51,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         self.ties_head = False
         self.claimed: set[str] = set()  # of the names in the checkpoint
         self.is_partial = False  # whether vLLM may rightly build a part of the model
+        self.decided: dict[str, TurboQuantConfig | None] = {}  # while loading: every layer that could be quantized
         self._settings: TurboQuantConfig | None = None
 
     # -- what vLLM asks
@@ -93,7 +94,10 @@ class TurboQuantVllmConfig(QuantizationConfig):
         self.skip = tuple(hf_to_vllm_mapper.apply_list(list(self.skip)))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # asked when the model is built
-        self.check_claimed()
+        if self.stored is None:
+            self.check_patterns()
+        else:
+            self.check_claimed()
         return WeightsMapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -114,7 +118,11 @@ class TurboQuantVllmConfig(QuantizationConfig):
     def settings(self) -> TurboQuantConfig:
         """What the layers are computed with: that of the checkpoint, perhaps without residual planes, or the user's."""
         if self._settings is None:
-            options = dict(get_current_vllm_config().additional_config.get(QUANT_METHOD, {}))
+            additional = get_current_vllm_config().additional_config
+            options = additional.get(QUANT_METHOD, {}) if isinstance(additional, dict) else {}
+            if not isinstance(options, dict):
+                raise ConfigError(f"additional_config has {QUANT_METHOD} = {options!r}: it must be an object of settings")
+            options = dict(options)
             if self.stored is None:
                 self._settings = _from_options(options)
             else:
@@ -139,11 +147,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
                 if info is not None:
                     _check_columns(info, layer.input_size, prefix)
         else:
-            # A router decides by small differences and is small: it stays dense unless its layer is built as any other.
-            configs = [
-                None if isinstance(layer, GateLinear) or self._skips(name) else self.settings.for_layer(name)
-                for name in names
-            ]
+            configs = [self._decide(name, is_router=isinstance(layer, GateLinear)) for name in names]
         if not any(configs):
             return UnquantizedLinearMethod()
         return TurboQuantLinearMethod(names, configs, self.settings, self.stored is None)
@@ -178,21 +182,23 @@ class TurboQuantVllmConfig(QuantizationConfig):
     def _new_vocabulary(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
         if not is_head:
             name = prefix or _EMBEDDING
-            config = self.settings.for_embedding(name)
+            config = self.decided[name] = self.settings.for_embedding(name)
             return None if config is None else TurboQuantVocabMethod(name, config, True)
         if self.ties_head:
             return TurboQuantVocabMethod(None, None, True) if self.settings.embeddings else None
         name = prefix or _HEAD
-        if self.settings.skip is None or self._skips(name):  # as everywhere: a head is quantized only if it is asked for
+        config = self._decide(name, is_router=False)
+        if config is None or self.settings.skip is None:  # as everywhere: a head is quantized only if it is asked for
+            self.decided[name] = None
             return None
-        return TurboQuantVocabMethod(name, self.settings.for_layer(name), True)
+        return TurboQuantVocabMethod(name, config, True)
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         up = "gate_up_proj" if layer.moe_config.is_act_and_mul else "up_proj"
         names = [f"{prefix}.{up}", f"{prefix}.down_proj"]
         configs: list[TurboQuantConfig | None]
         if self.stored is None:
-            configs = [None if self._skips(name) else self.settings.for_layer(name) for name in names]
+            configs = [self._decide(name, is_router=False) for name in names]
         else:
             infos = [self.layers.get(name) for name in names]
             configs = [None if info is None else self._claim(info) for info in infos]
@@ -216,13 +222,38 @@ class TurboQuantVllmConfig(QuantizationConfig):
             )
         return TurboQuantExpertsMethod(layer.moe_config, names, both, self.stored is None)
 
-    def _skips(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.skip or ())
+    def _decide(self, name: str, is_router: bool) -> TurboQuantConfig | None:
+        """The settings of a layer of a dense checkpoint; None: it stays dense. A router does: it decides by small
+        differences, and is small."""
+        skipped = is_router or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.skip or ())
+        self.decided[name] = None if skipped else self.settings.for_layer(name)
+        return self.decided[name]
 
     def _claim(self, info: LayerInfo) -> TurboQuantConfig:
         self.claimed.add(info.name)
         own = self.settings.for_embedding(info.name)
         return own or self.settings.for_layer(info.name)
+
+    def check_patterns(self) -> None:
+        """Tells what is quantized while loading.
+
+        Raises:
+            ConfigError: a pattern of the user's has no effect.
+        """
+        dense = [name for name, config in self.decided.items() if config is None]
+        logger.info(
+            "turboquant_weights: %d layers are quantized while they load (%s bits); dense stay: %s",
+            len(self.decided) - len(dense),
+            self.settings.label,
+            ", ".join(dense) or "none",
+        )
+        for field in ("skip", "layer_bits", "embeddings"):
+            for pattern in getattr(self.settings, field) or ():
+                if not self.is_partial and not any(fnmatch.fnmatchcase(name, pattern) for name in self.decided):
+                    raise ConfigError(
+                        f"{field} pattern {pattern!r} matches no layer of vLLM's model: it has "
+                        f"{', '.join(list(self.decided)[:5]) or 'none at all'}, ..."
+                    )
 
     def check_claimed(self) -> None:
         """Every quantized layer of the checkpoint must have a place in the model, or vLLM would compute without it.
@@ -250,9 +281,9 @@ def _from_options(options: dict[str, Any]) -> TurboQuantConfig:
             f"additional_config has {_BASE_ONLY!r}: this checkpoint is not quantized yet. Give the bits instead, e.g. "
             f'{{"{QUANT_METHOD}": {{"bits": 4, "residual_bits": 0}}}}'
         )
-    for name in ("source", "format_version"):
+    for name in ("source", "format_version", "experts"):
         if name in options:
-            raise ConfigError(f"additional_config has {name!r}: it is no setting of quantization, leave it out")
+            raise ConfigError(f"additional_config has {name!r}: nothing is to be said about it here, leave it out")
     return TurboQuantConfig.from_dict(options)
 
 
