@@ -28,10 +28,6 @@ def test_embeddings():
     check(TABLES["embedding_table"](ROOT / "benchmarks/results/embedding-quality-cpu.json"))
 
 
-def test_throughput_of_vllm():
-    check(TABLES["vllm_table"](ROOT / "benchmarks/results/vllm-throughput-cpu.json"))
-
-
 def test_kernel_speed():
     lines = (ROOT / "benchmarks/results/linear-h100.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ")]
