@@ -163,6 +163,7 @@ class Calibrator:
         self.unreached: list[str] = []
         # The stream's own batches carry the quantized model's hidden states.
         self.original = [dataclasses.replace(batch) for batch in stream.batches]
+        self._outputs: dict[int, Tensor] = {}  # of the original block at hand, by batch, where it has run to its end already
 
     def run(self, store: Any = None, *, progress: bool = True) -> None:
         """Quantizes everything. ``store`` (see ``resume.py``) keeps finished blocks."""
@@ -219,11 +220,15 @@ class Calibrator:
     def _quantize_block(self, index: int, block: nn.Module, original: nn.Module) -> dict[str, Quantized]:
         layers = self._layers(block)
         twins = dict(zip(map(id, block.modules()), original.modules(), strict=True))
+
+        def run_original(batch: Batch) -> None:
+            self._outputs[id(batch)] = self.stream.run(index, batch, original)
+
         found = self._quantize_in_order(
             layers,
             {name: twins[id(layer)] for name, layer in layers.items()},
             lambda batch: self.stream.run(index, batch, block),
-            lambda batch: self.stream.run(index, batch, original),
+            run_original,
         )
         for name in layers:
             if name not in found:
@@ -356,7 +361,8 @@ class Calibrator:
     @torch.no_grad()
     def _advance(self, index: int, block: nn.Module, original: nn.Module) -> None:
         for now, before in zip(self.stream.batches, self.original, strict=True):
-            before.hidden = self.stream.run(index, before, original)
+            known = self._outputs.pop(id(before), None)
+            before.hidden = self.stream.run(index, before, original) if known is None else known
             now.hidden = self.stream.run(index, now, block)
 
     @torch.no_grad()

@@ -179,9 +179,11 @@ class BlockStream:
                 first.append(hidden)
             known = self.batches[0].calls[index] if self.batches else (calls[-1] if calls else None)
             calls.append(_shared((args, _on_device(kwargs, self.device)), known))
+            if index + 1 == len(self.blocks):
+                raise Stop  # the tail would multiply with the whole vocabulary for nothing
             return self._output(hidden)
 
-        with self._forwards([functools.partial(record, i) for i in range(len(self.blocks))]):
+        with self._forwards([functools.partial(record, i) for i in range(len(self.blocks))]), contextlib.suppress(Stop):
             self.model(input_ids=tokens, use_cache=False)
         return Batch(tokens, first[0], calls)
 
