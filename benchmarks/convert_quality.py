@@ -35,28 +35,32 @@ Rounding = Callable[[Tensor], Tensor]
 
 def decode(weight: Int4Weight, columns: int) -> Tensor:
     """The matrix that compressed-tensors computes with."""
-    group = columns // weight.scales.shape[1]
-    zero = 0 if weight.zeros is None else _unpack(weight.zeros.T)[:, : weight.scales.shape[0]].T
-    steps = _unpack(weight.packed) - (zero.repeat_interleave(group, 1) if isinstance(zero, Tensor) else zero)
-    return steps * weight.scales.float().repeat_interleave(group, 1)
+    fields = ((weight.packed[..., None] >> (4 * torch.arange(PER_WORD))) & 15) - 8
+    return fields.flatten(1) * weight.scales.float().repeat_interleave(columns // weight.scales.shape[1], 1)
 
 
-def _unpack(words: Tensor) -> Tensor:
-    return (((words[..., None] >> (4 * torch.arange(PER_WORD))) & 15) - 8).flatten(1)
+def group_of(weight: Tensor, at_most: int) -> int:
+    return next(g for g in GROUP_SIZES if g <= at_most and weight.shape[1] % g == 0)
 
 
-def searched(symmetric: bool, at_most: int) -> Rounding:
+def shipped(at_most: int) -> Rounding:
+    return lambda weight: decode(round_to_int4(weight, group_of(weight, at_most)), weight.shape[1])
+
+
+def largest(at_most: int) -> Rounding:
+    """Positive scales that just reach the largest magnitude."""
+
     def round_(weight: Tensor) -> Tensor:
-        group = next(g for g in GROUP_SIZES if g <= at_most and weight.shape[1] % g == 0)
-        return decode(round_to_int4(weight, group, symmetric=symmetric), weight.shape[1])
+        groups = weight.unflatten(1, (-1, group_of(weight, at_most)))
+        scale = (groups.abs().amax(-1, keepdim=True) / 7.5).bfloat16().float()
+        return ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
 
     return round_
 
 
 def min_max(at_most: int) -> Rounding:
     def round_(weight: Tensor) -> Tensor:
-        group = next(g for g in GROUP_SIZES if g <= at_most and weight.shape[1] % g == 0)
-        groups = weight.unflatten(1, (-1, group))
+        groups = weight.unflatten(1, (-1, group_of(weight, at_most)))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / 15).bfloat16().float()
         zero = (-8 - low / scale).round().clamp(-8, 7)
@@ -70,13 +74,13 @@ def ggml(name: str) -> Rounding:
     return lambda weight: torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind).copy())
 
 
-# Label -> rounding and bits per weight where 128 divides the columns (64 in SmolLM2, then 0.16 more).
+# Groups of 128 are groups of 64 where the columns are SmolLM2's 576.
 FORMATS: dict[str, Rounding] = {
     "bfloat16": lambda weight: weight.bfloat16().float(),
-    "int4, zero points, searched, 128": searched(False, 128),
-    "int4, zero points, min-max, 128": min_max(128),
-    "int4, symmetric, searched, 128": searched(True, 128),
-    "int4, zero points, searched, 32": searched(False, 32),
+    "int4, 128, as shipped": shipped(128),
+    "int4, 128, largest magnitude": largest(128),
+    "int4, 128, zero points, min-max": min_max(128),
+    "int4, 32, as shipped": shipped(32),
     "GGUF Q4_0": ggml("Q4_0"),
     "GGUF Q4_1": ggml("Q4_1"),
 }

@@ -130,9 +130,8 @@ def unpack(words, columns):
     return torch.from_numpy(fields.reshape(words.shape[0], -1)[:, :columns].astype(np.int64) - 8)
 
 
-def decode(packed, scales, zeros, shape, group_size):
-    zero = 0 if zeros is None else unpack(zeros.T.contiguous(), shape[0]).T.repeat_interleave(group_size, 1)
-    return (unpack(packed, shape[1]) - zero) * scales.float().repeat_interleave(group_size, 1)
+def decode(packed, scales, columns, group_size):
+    return unpack(packed, columns) * scales.float().repeat_interleave(group_size, 1)
 
 
 @pytest.mark.parametrize("group_size", [128, 64, 32])
@@ -141,50 +140,25 @@ def test_rounding_to_int4(group_size):
     weight = torch.randn(50, 384) * torch.logspace(-3, 3, 50)[:, None]
     weight[7] = 0
     weight[8, 3] = 100
+    weight[9] = weight[9].abs()
     rounded = round_to_int4(weight, group_size)
-    assert (rounded.packed.dtype, rounded.zeros.dtype, rounded.scales.dtype) == (torch.int32, torch.int32, torch.bfloat16)
-    decoded = decode(rounded.packed, rounded.scales, rounded.zeros, weight.shape, group_size).double()
+    assert (rounded.packed.dtype, rounded.scales.dtype) == (torch.int32, torch.bfloat16)
+    decoded = decode(rounded.packed, rounded.scales, 384, group_size).double()
     error = (decoded - weight).square().sum() / weight.double().square().sum()
     assert float(error) == pytest.approx(rounded.error, rel=1e-3)
     assert decoded[7].abs().max() == 0
-    # Better than minimum and maximum, and near the best grid of each group that a finer search finds.
+    # Near the best scale that a finer search finds for each group, and better than the one that just avoids clipping.
     groups = weight[:7].unflatten(1, (-1, group_size))
     own = (decoded[:7].float().unflatten(1, (-1, group_size)) - groups).square().sum(-1)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    largest = groups.abs().amax(-1, keepdim=True)
     finest = torch.full_like(own, torch.inf)
-    for fraction in torch.linspace(0.5, 1.1, 61):
-        scale = ((high - low) * fraction / 15).bfloat16().float()
-        for zero in range(-8, 8):
-            error = (((groups / scale).round() + zero).clamp(-8, 7) - zero) * scale - groups
-            finest = torch.minimum(finest, error.square().sum(-1))
-    scale = ((high - low) / 15).bfloat16().float()
-    zero = (-8 - low / scale).round()
-    unsearched = (((groups / scale).round() + zero).clamp(-8, 7) - zero) * scale - groups
-    assert own.sum() < 1.05 * finest.sum()
-    assert own.sum() < 0.95 * unsearched.square().sum()
-
-
-def test_symmetric_rounding():
-    torch.manual_seed(1)
-    weight = torch.randn(40, 256)
-    weight[5, :128] = 0
-    rounded = round_to_int4(weight, 128, symmetric=True)
-    assert rounded.zeros is None
-    decoded = decode(rounded.packed, rounded.scales, None, weight.shape, 128)
-    assert decoded[5, :128].abs().max() == 0
-    assert float((decoded - weight).square().sum() / weight.square().sum()) == pytest.approx(rounded.error, rel=1e-3)
-    plain = weight.unflatten(1, (-1, 128))
-    scale = plain.abs().amax(-1, keepdim=True) / 7
-    unsearched = ((plain / scale).round() * scale - plain).nan_to_num().square().sum() / weight.square().sum()
-    assert rounded.error < 0.85 * unsearched
-
-
-def test_groups_of_one_sign():
-    weight = torch.cat([torch.rand(4, 32) + 1, -torch.rand(4, 32) - 1])
-    rounded = round_to_int4(weight, 32)
-    decoded = decode(rounded.packed, rounded.scales, rounded.zeros, weight.shape, 32)
-    assert float((decoded - weight).square().sum() / weight.square().sum()) == pytest.approx(rounded.error, rel=1e-3)
-    assert rounded.error < 2e-3
+    for factor in torch.linspace(-1.3, 1.3, 521):
+        scale = (largest * factor / 7.5).bfloat16().float()
+        error = (groups / scale).round().nan_to_num().clamp(-8, 7) * scale - groups
+        finest = torch.minimum(finest, error.square().sum(-1))
+    unsearched = (groups / (largest / 7)).round() * (largest / 7) - groups
+    assert own.sum() < 1.03 * finest.sum()
+    assert own.sum() < 0.85 * unsearched.square().sum()
 
 
 def test_int4_files(llama, tmp_path):
@@ -198,10 +172,10 @@ def test_int4_files(llama, tmp_path):
     errors = total = 0.0
     for name, module in model.named_modules():
         if isinstance(module, tq.TurboQuantLinear) and name != "lm_head":
-            shape = tensors[f"{name}.weight_shape"].tolist()
-            decoded = decode(*(tensors[f"{name}.weight_{part}"] for part in ("packed", "scale", "zero_point")), shape, 32)
+            rows, columns = tensors[f"{name}.weight_shape"].tolist()
+            decoded = decode(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"], columns, 32)
             weight = module.dequantize(torch.float32)
-            assert list(weight.shape) == shape
+            assert weight.shape == (rows, columns)
             error, square = (decoded - weight).square().sum(), weight.square().sum()
             assert float(error / square) == pytest.approx(report.layers[name], rel=1e-3)
             errors, total = errors + error, total + square
@@ -221,23 +195,19 @@ def test_int4_is_read_by_compressed_tensors(case, tmp_path):
     tq.quantize_checkpoint(tmp_path / "dense", tmp_path / "q", tq.TurboQuantConfig(residual_bits=4), progress=False)
     report = tq.convert_checkpoint(tmp_path / "q", tmp_path / "int4", "int4", progress=False)
     ours = tq.load(tmp_path / "q")
-    theirs, info = architecture(tmp_path / "int4").from_pretrained(
-        tmp_path / "int4",
-        output_loading_info=True,
-        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
-    )
+    theirs, info = architecture(tmp_path / "int4").from_pretrained(tmp_path / "int4", output_loading_info=True)
     assert not any(info.values())
+    tokens = torch.arange(24)[None]
+    expected, got = ours(tokens).logits.float(), theirs(tokens).logits.float()  # which decompresses
+    assert (got - expected).norm() < 0.25 * expected.norm()
     names = {name.removesuffix(".weight"): name for name in theirs.state_dict()}
     errors = total = 0.0
     for name, module in ours.named_modules():
         if isinstance(module, tq.TurboQuantLinear | tq.TurboQuantExperts):
             weight = module.dequantize(torch.float32)
-            errors += (theirs.get_parameter(names[name]).float() - weight).square().sum()
+            errors += (theirs.get_parameter(names[name]).detach().float() - weight).square().sum()
             total += weight.square().sum()
     assert float(errors / total) == pytest.approx(report.error, rel=0.01)
-    tokens = torch.arange(24)[None]
-    a, b = theirs(tokens).logits.float(), ours(tokens).logits.float()
-    assert (a - b).norm() < 0.25 * b.norm()
 
 
 def test_what_cannot_be_converted(llama, tmp_path):

@@ -4,9 +4,8 @@ Weights are decoded to what the planes mean and written under the names, and in 
 Transformers' conversions run backwards (stacks of experts become one matrix per expert again).
 
 * ``bf16``: plain Transformers. The error is that of rounding to bfloat16.
-* ``int4``: ``compressed-tensors``, "pack-quantized", with a scale and a zero point per group of 128 columns (64 or 32 where
-  128 does not divide them), which vLLM and Transformers load. Rounded once, from the levels of all planes. A model with
-  experts gets no zero points: Transformers does not read those of experts.
+* ``int4``: ``compressed-tensors``, "pack-quantized", symmetric, with one scale per group of 128 columns (64 or 32 where 128
+  does not divide them), which vLLM and Transformers load. Rounded once, from the levels of all planes.
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ class Conversion:
         shapes = {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
         with torch.device("meta"):
             stored = {key: self._rename({n: torch.empty(shapes[n]) for n in names}) for key, names in self.groups.items()}
-        self.symmetric = any(isinstance(layer, TurboQuantExperts) for layer in self._layers.values())
         self.kept: dict[str, str] = {}
         self._integers: dict[str, int] = {}  # columns of what becomes int4
         if format == "int4":
@@ -98,11 +96,9 @@ class Conversion:
         for name, tensor in self._rename({name: self._dense(name) for name in self.groups[key]}).items():
             matrix = name.removesuffix(_WEIGHT)
             if name in self._integers:
-                rounded = round_to_int4(tensor, self.group_size, symmetric=self.symmetric, name=matrix)
+                rounded = round_to_int4(tensor, self.group_size, matrix)
                 out[f"{name}_packed"], out[f"{name}_scale"] = rounded.packed, rounded.scales
                 out[f"{name}_shape"] = torch.tensor(tensor.shape)
-                if rounded.zeros is not None:
-                    out[f"{name}_zero_point"] = rounded.zeros
                 errors[matrix] = (rounded.error, rounded.energy)
                 continue
             out[name] = tensor.to(self._dtype(key))
@@ -166,14 +162,11 @@ class Conversion:
         if name not in self._integers:
             return [TensorSpec(name, self._dtype(key), tuple(shape))]
         rows, columns = shape
-        specs = [
+        return [
             TensorSpec(f"{name}_packed", torch.int32, (rows, columns // PER_WORD)),
             TensorSpec(f"{name}_scale", torch.bfloat16, (rows, columns // self.group_size)),
             TensorSpec(f"{name}_shape", torch.int64, (2,)),
         ]
-        if not self.symmetric:
-            specs.append(TensorSpec(f"{name}_zero_point", torch.int32, (-(-rows // PER_WORD), columns // self.group_size)))
-        return specs
 
     def _compressed_tensors(self, stored: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         """``quantization_config`` of that format."""
@@ -185,13 +178,7 @@ class Conversion:
         }
         modules = self.skeleton.named_modules()
         ignore = [name for name, module in modules if isinstance(module, nn.Linear) and name not in becomes_int4]
-        weights = {
-            "num_bits": 4,
-            "type": "int",
-            "symmetric": self.symmetric,
-            "strategy": "group",
-            "group_size": self.group_size,
-        }
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": self.group_size}
         group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
         return {
             "quant_method": "compressed-tensors",
