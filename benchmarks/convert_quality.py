@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import torch
+from cpu import machine
 from torch import Tensor, nn
 
 import turboquant_weights as tq
@@ -156,8 +155,7 @@ def main() -> None:
     rows["4+4"]["as converted"] = as_converted(model, windows, (4, 4))
     print("as converted", rows["4+4"]["as converted"])
     if args.out:
-        facts = {"command": " ".join(["convert_quality.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d")}
-        facts |= {"hardware": platform.processor() or platform.machine(), "torch": torch.__version__}
+        facts = {"command": " ".join(["convert_quality.py", *sys.argv[1:]]), **machine()}
         args.out.write_text(json.dumps({**facts, "gaussian": matrices, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

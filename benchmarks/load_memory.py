@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from cpu import machine
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 8192
 WAYS = ("dense", "on the fly", "pre-quantized", "streamed", "converted")
@@ -161,9 +161,7 @@ def main() -> None:
         print(f" {r['seconds']:8.1f}")
     if args.out:
         command = "load_memory.py " + " ".join(sys.argv[1:])
-        machine = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine()
-        figures = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": machine, "torch": torch.__version__}
-        figures["bytes"] = results
+        figures = {"command": command, **machine(), "device": args.device, "bytes": results}
         args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
