@@ -1,4 +1,4 @@
-"""Trains a LoRA on a model in 4 bits, saves and reloads it, and merges it back into 4 bits.
+"""Trains a LoRA on a model in 4 bits, saves and reloads it, and merges it, in both ways that there are.
 
     python examples/lora.py                                  # SmolLM2-135M, on a page of text that comes with the package
     python examples/lora.py Qwen/Qwen2.5-7B --text my.txt --steps 500 --output my-adapter
@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from turboquant_weights import TurboQuantConfig, load, merge_report, save
+from turboquant_weights import TurboQuantConfig, load, merge_report, quantize_model, save
 from turboquant_weights.evaluation import sample_text
 
 
@@ -65,11 +65,17 @@ def main() -> None:
     again = PeftModel.from_pretrained(load(arguments.output / "base", **options), arguments.output / "adapter")
     print(f"reloaded: {loss(again, examples):.4f}")
 
-    # 4. Merged, the model is one checkpoint again; rounding to 4 bits takes away a part of what was learned.
+    # 4. Merged into the planes, which are rounded again: updates smaller than the rounding are lost, and the report says so.
     merged = again.merge_and_unload()
     print(merge_report(merged))
     print(f"merged into {config.label} bits: {loss(merged, examples):.4f}")
-    save(merged, arguments.output / "merged", tokenizer=tokenizer, overwrite=True)
+
+    # 5. Merged into the original model, which is then quantized: what was learned stays. One checkpoint again.
+    dense = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
+    fresh = PeftModel.from_pretrained(dense, arguments.output / "adapter").merge_and_unload()
+    quantize_model(fresh, config)
+    print(f"merged into the original, then quantized: {loss(fresh, examples):.4f}")
+    save(fresh, arguments.output / "merged", tokenizer=tokenizer, overwrite=True)
 
 
 @torch.no_grad()

@@ -196,6 +196,36 @@ def test_an_update_that_rounding_hides_is_a_warning():
     assert tq.merge_report(finer).lost < report.lost / 10
 
 
+def test_a_small_update_survives_in_the_original_model():
+    """What the warning recommends: not the planes, which lie on the grid already, but the weights that they came from."""
+    torch.manual_seed(0)
+    original = tiny_llama().eval()
+    base = copy.deepcopy(original)
+    config = tq.TurboQuantConfig(4)
+    tq.quantize_model(base, config, progress=False)
+    adapted, _ = trained(copy.deepcopy(base), rate=1e-4)
+    updates = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in adapted.named_modules()
+        if isinstance(module, LoraLinear)
+    }
+    with pytest.warns(UserWarning, match="merge it into the original model"):
+        merged = copy.deepcopy(adapted).merge_and_unload()
+    fresh = peft.get_peft_model(copy.deepcopy(original), lora())
+    peft.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(adapted))
+    fresh = fresh.merge_and_unload()
+    tq.quantize_model(fresh, config, progress=False)
+
+    def share(model):
+        """Of the update, how much of it the weights of ``model`` have beyond those of ``base``."""
+        change = {n: model.get_submodule(n).dequantize() - base.get_submodule(n).dequantize() for n in updates}
+        norm = sum(update.square().sum() for update in updates.values())
+        return float(sum((change[name] * update).sum() for name, update in updates.items()) / norm)
+
+    assert abs(share(merged)) < 0.3
+    assert share(fresh) > 0.7
+
+
 def test_save_and_reload(tmp_path):
     """On a model loaded from its files, a trained adapter gives the same outputs; merged, the model is saved as ours."""
     tq.save(quantized(embeddings=EMBEDDINGS), tmp_path / "base")

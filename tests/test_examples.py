@@ -76,4 +76,5 @@ def test_lora(model, tmp_path, run):
     assert float(re.search(r"reloaded: ([\d.]+)", out)[1]) == pytest.approx(after, abs=2e-4)
     assert "adapters merged into 14 layers" in out
     assert float(re.search(r"merged into 4 bits: ([\d.]+)", out)[1]) < before
+    assert float(re.search(r"then quantized: ([\d.]+)", out)[1]) < before
     tq.load(tmp_path / "out" / "merged")

@@ -29,7 +29,7 @@ class MergeError:
 
     @property
     def lost(self) -> float:
-        """Rounding error over update. 1: the update is gone, the weight was rounded to what it had been."""
+        """Rounding error over update. From 1 on the update is gone: the weight was rounded to about what it had been."""
         return self.rounding / self.update if self.update else 0.0
 
 

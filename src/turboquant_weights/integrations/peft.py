@@ -106,8 +106,8 @@ class _OnPlanes(lora.LoraLayer):
         if base.merge_error.lost > 0.5:
             warnings.warn(
                 "merging adapters: in some layers more than half of the update is lost in rounding it to the layer's bits. "
-                "print(turboquant_weights.merge_report(model)) says how much. Keep the adapter apart, or quantize with more "
-                "bits",
+                "print(turboquant_weights.merge_report(model)) says how much. Keep the adapter apart, or merge it into the "
+                "original model and quantize that",
                 stacklevel=2,
             )
 
