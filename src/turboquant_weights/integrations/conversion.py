@@ -32,6 +32,7 @@ from .transformers import load_quantized
 
 FORMATS = ("bf16", "int4")
 _WEIGHT = ".weight"
+_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,7 @@ class Conversion:
                 continue
             out[name] = tensor.to(self._dtype(key))
             if self._is_quantized(key):
-                energy = float(tensor.square().sum(dtype=torch.float64))
-                error = float((out[name].float() - tensor).square().sum(dtype=torch.float64))
-                errors[matrix] = (error / energy if energy else 0.0, energy)
+                errors[matrix] = _error(out[name], tensor)
         return out, errors
 
     def _is_quantized(self, key: str) -> bool:
@@ -187,6 +186,15 @@ class Conversion:
             "config_groups": {"group_0": group},
             "ignore": ignore,
         }
+
+
+def _error(rounded: Tensor, weight: Tensor) -> tuple[float, float]:
+    """Relative squared error and square norm, without a temporary of the weight's size."""
+    error = energy = 0.0
+    for part, exact in zip(rounded.flatten().split(_CHUNK), weight.flatten().split(_CHUNK), strict=True):
+        error += float((part.float() - exact).square().sum(dtype=torch.float64))
+        energy += float(exact.square().sum(dtype=torch.float64))
+    return error / energy if energy else 0.0, energy
 
 
 def _skeleton(model: Any) -> Any:
