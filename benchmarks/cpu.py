@@ -3,9 +3,14 @@
     python benchmarks/cpu.py layers --output benchmarks/results/cpu-layers.json
     python benchmarks/cpu.py model --gguf SmolLM2-135M-Instruct.Q4_1.gguf --output benchmarks/results/cpu-model.json
 
-Layers rotate over copies of the weights, 200 MB of dense ones in all, so each reads its weights from memory as it does in a
-model. Times are medians in milliseconds. Run on an idle machine: another busy process costs OpenMP programs, ours and
-PyTorch's, whole time slices.
+Layers rotate over copies of the weights, 200 MB in all, so each reads its weights from memory as it does in a model. All
+kinds of layers take turns, call by call, so that whatever else the machine does hits them alike; times are medians in
+milliseconds. Beside them stands the bound: the time of reading the planes of 4 bits, by summing them up. A file that exists
+is completed: cells measured again are replaced, so that a long run may be done in pieces.
+
+`model` decodes greedily, the models taking turns token by token, and says where the time goes: in the engine, in the Python
+around it, and in all else (Transformers, attention, norms). Run on an idle machine: another busy process costs OpenMP
+programs, ours and PyTorch's, whole time slices.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import argparse
 import datetime
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turboquant_weights import TurboQuantConfig, quantize_model
+from turboquant_weights import TurboQuantConfig, TurboQuantLinear, fuse_projections, quantize_model
 from turboquant_weights.cpu import library
 from turboquant_weights.cpu.linear import linear
 from turboquant_weights.reference import PackedWeight
@@ -51,53 +57,75 @@ def random_planes(rows: int, columns: int, residual_bits: int, seed: int) -> Pac
     )
 
 
-def median_ms(calls: list[Callable[[], object]], seconds: float) -> float:
-    """Per call; the list is run over and over for about this long."""
-    times: list[float] = []
-    calls[0]()
-    started = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - started < seconds:
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        times.append((time.perf_counter() - start) / len(calls) * 1e3)
-    return statistics.median(times)
+Calls = list[Callable[[], object]]
 
 
-def measure(rows: int, columns: int, tokens: tuple[int, ...], seconds: float) -> list[dict]:
-    copies = max(2, min(8, -(-COLD_BYTES // (2 * rows * columns))))
-    cells = {m: dict(rows=rows, columns=columns, tokens=m, threads=torch.get_num_threads(), ms={}) for m in tokens}
-    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
-        dense = [torch.randn(rows, columns, dtype=dtype) for _ in range(copies)]
-        for m in tokens:
-            x = torch.randn(m, columns, dtype=dtype)
-            cells[m]["ms"][name] = median_ms([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense], seconds)
-    del dense
-    packed = [
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (rows, columns), dtype=torch.int32), 1)
-        for _ in range(copies)
+def dense_calls(rows: int, columns: int, m: int, dtype: torch.dtype) -> Calls:
+    count = max(2, -(-COLD_BYTES // (rows * columns * dtype.itemsize)))
+    block = torch.randn(1 << 20).to(dtype)
+    weights = [
+        block.repeat(-(-rows * columns // (1 << 20)))[: rows * columns].clone().view(rows, columns) for _ in range(count)
     ]
-    scales = torch.ones(columns // 32, rows, 2, dtype=torch.bfloat16)
-    for m in tokens:
-        x = torch.randn(m, columns, dtype=torch.bfloat16)
-        calls = [lambda w=w, x=x, s=scales: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, s) for w in packed]
-        cells[m]["ms"]["aten int4"] = median_ms(calls, seconds)
-    del packed
+    x = torch.randn(m, columns, dtype=dtype)
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+
+
+def int4_calls(rows: int, columns: int, m: int) -> Calls:
+    count = max(2, -(-COLD_BYTES // (rows * columns // 2)))
+    one = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (rows, columns), dtype=torch.int32), 1)
+    scales, x = torch.ones(columns // 32, rows, 2, dtype=torch.bfloat16), torch.randn(m, columns, dtype=torch.bfloat16)
+    weights = [one.clone() for _ in range(count)]
+    return [lambda w=w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales) for w in weights]  # type: ignore[misc]
+
+
+def interleaved_ms(kinds: dict[str, Calls], seconds: float, least: int = 3) -> dict[str, list[float]]:
+    """Sorted times of each kind, which take turns for so many seconds per kind, but at least so often."""
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for calls in kinds.values():
+        calls[0]()
+    started, turn = time.perf_counter(), 0
+    order = list(kinds.items())
+    while turn < least or time.perf_counter() - started < seconds * len(kinds):
+        random.Random(turn).shuffle(order)  # nobody always follows the same neighbour
+        for name, calls in order:
+            start = time.perf_counter()
+            calls[turn % len(calls)]()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        turn += 1
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def measure(rows: int, columns: int, tokens: list[int], seconds: float) -> list[dict]:
+    planes = {}
     for residual_bits in (0, 4):
-        count = min(24, -(-COLD_BYTES // (rows * columns * (4 + residual_bits) // 8)))
-        planes = [random_planes(rows, columns, residual_bits, i) for i in range(max(2, count))]
-        layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
-        for engine in library.engines():
-            for dtype, label in ((torch.bfloat16, ""), (torch.float32, " fp32")):
-                for m in tokens[:1] if engine.name == "portable" else tokens:
+        count = max(2, -(-COLD_BYTES // (rows * columns * (4 + residual_bits) // 8)))
+        planes[residual_bits] = [random_planes(rows, columns, residual_bits, i) for i in range(min(count, 400))]
+    cells = []
+    for m in tokens:
+        kinds = {"torch bf16": dense_calls(rows, columns, m, torch.bfloat16)}
+        kinds["torch fp32"] = dense_calls(rows, columns, m, torch.float32)
+        if m <= 16:  # it is for few tokens
+            kinds["aten int4"] = int4_calls(rows, columns, m)
+        for residual_bits, copies in planes.items():
+            layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
+            for engine in library.engines():
+                for dtype in (torch.bfloat16, torch.float32):
+                    if engine.name == "portable" or (dtype == torch.float32 and engine is not library.engines()[0]):
+                        continue
                     x = torch.randn(m, columns, dtype=dtype)
-                    calls = [lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in planes]
-                    name = f"{'4+4' if residual_bits else '4'} {engine.name}{label}"
-                    cells[m]["ms"][name] = median_ms(calls, seconds)
-    for cell in cells.values():
-        cell["ms"] = {name: round(value, 4) for name, value in cell["ms"].items()}
-        print(cell, flush=True)
-    return list(cells.values())
+                    name = f"{'4+4' if residual_bits else '4'} {engine.name}{' fp32' if dtype == torch.float32 else ''}"
+                    kinds[name] = [
+                        lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in copies
+                    ]  # type: ignore[misc]
+        kinds["read"] = [lambda p=p: (p.codes.view(torch.int64).sum(), p.scales.view(torch.int32).sum()) for p in planes[0]]  # type: ignore[misc]
+        times = interleaved_ms(kinds, seconds)
+        cell = dict(rows=rows, columns=columns, tokens=m, threads=torch.get_num_threads(), ms={}, quartiles={})
+        for name, values in times.items():
+            cell["ms"][name] = round(statistics.median(values), 4)
+            cell["quartiles"][name] = [round(values[len(values) // 4], 4), round(values[3 * len(values) // 4], 4)]
+        cells.append(cell)
+        print({name: value for name, value in cell.items() if name != "quartiles"}, flush=True)
+    return cells
 
 
 def machine() -> dict:
@@ -110,32 +138,72 @@ def table(report: dict) -> str:
     names = ["torch fp32", "aten int4", "4 avx512", "4 avx2", "4+4 avx512", "4+4 avx2", "4 avx512 fp32", "4+4 avx512 fp32"]
     lines = [
         f"{report['cpu']}, torch {report['torch']}, {report['date']}; `{report['command']}`.",
-        "Speed over torch bf16 (milliseconds of torch bf16 in the fourth column), weights cold, rotation included.",
+        'Speed over torch bf16 (milliseconds in brackets), weights cold, rotation included, medians; "read" is the time of',
+        'reading the planes of 4 bits, and "noise" the distance of the quartiles of torch bf16 over its median.',
         "",
-        "| rows x columns | threads | m | torch bf16, ms | " + " | ".join(names) + " |",
-        "|---|---|---|---|" + "---|" * len(names),
+        "| rows x columns | threads | m | torch bf16, ms | noise | read, ms | " + " | ".join(names) + " |",
+        "|---|---|---|---|---|---|" + "---|" * len(names),
     ]
     for cell in report["cells"]:
         ms = cell["ms"]
-        speeds = [f"{ms['torch bf16'] / ms[name]:.2f}" if name in ms else "" for name in names]
+        dense, (low, high) = ms["torch bf16"], cell["quartiles"]["torch bf16"]
+        speeds = [f"{dense / ms[name]:.2f} ({ms[name]:.3g})" if name in ms else "" for name in names]
         lines.append(
-            f"| {cell['rows']} x {cell['columns']} | {cell['threads']} | {cell['tokens']} | {ms['torch bf16']:.3f} | "
-            + " | ".join(speeds) + " |"
-        )  # fmt: skip
+            f"| {cell['rows']} x {cell['columns']} | {cell['threads']} | {cell['tokens']} | {dense:.3f} | "
+            f"{(high - low) / dense:.0%} | {ms['read']:.3f} | " + " | ".join(speeds) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def decode_rate(model: torch.nn.Module, prompt: dict, tokens: int) -> float:
-    """Tokens per second of greedy decoding, prefill taken out: the best of three."""
-    best = 0.0
-    for _ in range(3):
-        seconds = []
-        for count in (1, tokens + 1):
+def decode(models: dict[str, torch.nn.Module], ids: Tensor, tokens: int) -> list[dict]:
+    """Greedy decoding, model by model in turns, and where each one's time goes, measured in a run of its own."""
+    steps: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        state = [model(ids, use_cache=True)]
+
+        def step(model: torch.nn.Module = model, state: list = state) -> None:
+            last = state[0]
+            state[0] = model(last.logits[:, -1:].argmax(-1), past_key_values=last.past_key_values, use_cache=True)
+
+        steps[name] = step
+    times = interleaved_ms({name: [step] for name, step in steps.items()}, 0, tokens)
+    rows = []
+    for name, step in steps.items():
+        ms = statistics.median(times[name])
+        row = dict(model=name, threads=torch.get_num_threads(), tokens_per_s=round(1e3 / ms, 2), ms=round(ms, 3))
+        rows.append({**row, **(profile(step) if name != "bf16" else {})})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def profile(step: Callable[[], object], count: int = 20) -> dict[str, float]:
+    """Milliseconds per token: in the engine, in quantized layers around it, and outside of them; medians."""
+    c = library.library()
+    engine, forward, spent = c.tq_linear, TurboQuantLinear.__call__, {"engine": 0.0, "layers": 0.0}
+
+    def timed(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
             start = time.perf_counter()
-            model.generate(**prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            seconds.append(time.perf_counter() - start)
-        best = max(best, tokens / (seconds[1] - seconds[0]))
-    return best
+            try:
+                return function(*arguments)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return call
+
+    rows = []
+    c.tq_linear, TurboQuantLinear.__call__ = timed("engine", engine), timed("layers", forward)  # type: ignore[method-assign]
+    try:
+        for _ in range(count):
+            spent.update(engine=0.0, layers=0.0)
+            start = time.perf_counter()
+            step()
+            rows.append((spent["engine"], spent["layers"] - spent["engine"], time.perf_counter() - start - spent["layers"]))
+    finally:
+        c.tq_linear = engine
+        del TurboQuantLinear.__call__
+    parts = [round(statistics.median(column) * 1e3, 3) for column in zip(*rows, strict=True)]
+    return dict(zip(("engine_ms", "around_engine_ms", "elsewhere_ms"), parts, strict=True))
 
 
 def llama_rate(path: Path, threads: int, tokens: int) -> float:
@@ -155,29 +223,49 @@ def llama_rate(path: Path, threads: int, tokens: int) -> float:
     return best
 
 
-def whole_model(gguf: Path, tokens: int) -> list[dict]:
+def whole_model(gguf: Path, tokens: int, thread_counts: list[int]) -> list[dict]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    prompt = dict(tokenizer(PROMPT, return_tensors="pt"))
-    rows = []
-    for label, config in (("bf16", None), ("4", TurboQuantConfig()), ("4+4", TurboQuantConfig(residual_bits=4))):
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).eval()
+    ids = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(PROMPT, return_tensors="pt")["input_ids"]
+    head = {"model.embed_tokens": (4, 2)}
+    configs = {
+        "bf16": None,
+        "4": TurboQuantConfig(),
+        "4, head 4+2": TurboQuantConfig(embeddings=head),
+        "4, head 4+2, fused": TurboQuantConfig(embeddings=head),
+        "4+4, head 4+2": TurboQuantConfig(residual_bits=4, embeddings=head),
+    }
+    models = {}
+    for label, config in configs.items():
+        models[label] = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).eval()
         if config:
-            quantize_model(model, config)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            rows.append(dict(model=label, threads=threads, tokens_per_s=round(decode_rate(model, prompt, tokens), 2)))
-            print(rows[-1], flush=True)
-    for threads in (1, 2):
+            quantize_model(models[label], config, progress=False)
+        if "fused" in label:
+            fuse_projections(models[label])
+    rows = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            rows += decode(models, ids, tokens)
         try:
             rate = llama_rate(gguf, threads, tokens)
         except ImportError:
             print("llama.cpp: not measured (llama-cpp-python is not installed)")
-            break
+            continue
         rows.append(dict(model=f"llama.cpp {gguf.name}", threads=threads, tokens_per_s=round(rate, 2)))
         print(rows[-1], flush=True)
     return rows
+
+
+def complete(report: dict, path: Path) -> None:
+    """Adds what an earlier run left in the file, but for cells that were measured again."""
+    if not path.exists():
+        return
+    names = [name for name in ("rows", "columns", "tokens", "model", "threads") if name in report["cells"][0]]
+    again = {tuple(cell[name] for name in names) for cell in report["cells"]}
+    earlier = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    report["cells"] += [cell for cell in earlier if tuple(cell[name] for name in names) not in again]
+    report["cells"].sort(key=lambda cell: [cell[name] for name in names if name != "model"])
 
 
 def main() -> None:
@@ -186,24 +274,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES), help="whose layers")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=0.3, help="per time")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per kind of layer")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    command = f"python benchmarks/cpu.py {arguments.what} --models {' '.join(arguments.models)}"
+    command = "python benchmarks/cpu.py layers"
     report: dict = dict(**machine(), command=command, cells=[])
     if arguments.what == "model":
-        report["cells"] = whole_model(arguments.gguf, 48)
+        report["command"] = f"python benchmarks/cpu.py model --gguf {arguments.gguf.name}"
+        report["cells"] = whole_model(arguments.gguf, 48, arguments.threads)
     else:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for name in arguments.models:
                 for rows, columns in SHAPES[name]:
-                    report["cells"] += measure(rows, columns, tuple(arguments.tokens), arguments.seconds)
-        if arguments.output:
-            arguments.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
+                    report["cells"] += measure(rows, columns, arguments.tokens, arguments.seconds)
     if arguments.output:
+        complete(report, arguments.output)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if arguments.what == "layers":
+            arguments.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

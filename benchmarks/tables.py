@@ -67,6 +67,35 @@ def vllm_table(path: pathlib.Path) -> list[str]:
     return lines
 
 
+def cpu_layers_table(path: pathlib.Path) -> list[str]:
+    """Markdown lines of a part of `cpu.py layers`: the layers of a 7B model."""
+    names = ("4 avx512", "4 avx2", "4+4 avx512", "4+4 avx2")
+    lines = ["| rows x columns | threads | m | torch bf16, ms | read 4, ms | " + " | ".join(names) + " |", "|---" * 9 + "|"]
+    for cell in json.loads(path.read_text())["cells"]:
+        if {cell["rows"], cell["columns"]} - {18944, 3584} or cell["tokens"] not in (1, 16, 128):
+            continue
+        ms = cell["ms"]
+        speeds = [f"{ms['torch bf16'] / ms[name]:.2f} ({ms[name]:.3g})" for name in names]
+        first = [f"{cell['rows']} x {cell['columns']}", str(cell["threads"]), str(cell["tokens"])]
+        lines.append("| " + " | ".join([*first, f"{ms['torch bf16']:.2f}", f"{ms['read']:.2f}", *speeds]) + " |")
+    return lines
+
+
+def cpu_decode_table(path: pathlib.Path) -> list[str]:
+    """Markdown lines of `cpu.py model`."""
+    lines = [
+        "| model | threads | tokens/s | of bf16 | of llama.cpp | ms in the engine | around it | elsewhere |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = json.loads(path.read_text())["cells"]
+    rate = {(row["model"].split()[0], row["threads"]): row["tokens_per_s"] for row in rows}
+    for row in rows:
+        cells = [f"{row['tokens_per_s'] / rate[other, row['threads']]:.2f}" for other in ("bf16", "llama.cpp")]
+        cells += [f"{row[name]:.1f}" if name in row else "" for name in ("engine_ms", "around_engine_ms", "elsewhere_ms")]
+        lines.append("| " + " | ".join([row["model"], str(row["threads"]), f"{row['tokens_per_s']:.1f}", *cells]) + " |")
+    return lines
+
+
 def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         if path.name.startswith("quality-"):
@@ -77,6 +106,10 @@ def main() -> None:
             print(path.name, *embedding_table(path), "", sep="\n")
         elif path.name.startswith("vllm-throughput"):
             print(path.name, *vllm_table(path), "", sep="\n")
+        elif path.name == "cpu-layers.json":
+            print(path.name, *cpu_layers_table(path), "", sep="\n")
+        elif path.name == "cpu-model.json":
+            print(path.name, *cpu_decode_table(path), "", sep="\n")
 
 
 if __name__ == "__main__":

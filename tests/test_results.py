@@ -33,3 +33,8 @@ def test_kernel_speed():
     rows = [line for line in lines if line.startswith("| ")]
     assert len(rows) == 13
     check(rows)
+
+
+def test_cpu_speed():
+    check(TABLES["cpu_layers_table"](ROOT / "benchmarks/results/cpu-layers.json"))
+    check(TABLES["cpu_decode_table"](ROOT / "benchmarks/results/cpu-model.json"))

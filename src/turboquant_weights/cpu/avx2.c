@@ -1,8 +1,9 @@
 /* AVX2 with FMA and F16C (Haswell and later).
  *
  * Integers are 16 bits wide here: `vpmaddwd` takes 16 weights at a time and needs no second byte of the activation. Base
- * levels come from `vpshufb`. There is no table for 256 levels, so nested ones are computed, as on a GPU: the polynomial of
- * FORMAT.md section 6 in 16-bit fixed point, 1e-4 of a standard deviation off at most; the exact path reads a table.
+ * levels come from `vpshufb`. There is no table for 256 levels, so nested ones are computed. For bfloat16, 4 + 4 and 4 + 2
+ * bits: a parabola for each base field, whose bytes are looked up (tq_codebook). Otherwise, as on a GPU: the polynomial of
+ * FORMAT.md section 6 in 16-bit fixed point, 1e-4 of a standard deviation off at most. The exact path reads a table.
  */
 #if defined(__x86_64__)
 

@@ -1,9 +1,9 @@
-/* AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later).
+/* AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later; they all have GFNI, too).
  *
- * Base plane alone, 4 bits: 64 bytes hold 128 columns. Low and high nibbles look their level up with `vpshufb`; `vpdpbusd`
- * multiplies with the two bytes of the activation. Every other pair of planes: 64 columns at a time, `vpermb` and
- * `vpmultishiftqb` unpack fields of any width in their order, `vpermi2b` looks the two bytes of a level up in 128 entries;
- * 256 levels fold onto 128 by complement, because they are odd.
+ * Integers go by chunks of 128 columns. Base plane alone, 4 bits: `vpermb` looks the levels of low and high nibbles up, and
+ * `vpdpbusd` multiplies with the two bytes of the activation. Every other pair of planes: `vpermb` and `vpmultishiftqb` unpack
+ * fields of any width, `vpermi2b` looks the two bytes of a level up in 128 entries; 256 levels fold onto 128 by complement,
+ * because they are odd.
  */
 #if defined(__x86_64__)
 
@@ -141,20 +141,43 @@ INLINE void integer_chunk(const int8_t *x, const __m512i high[2], const __m512i 
     *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale), *sum);
 }
 
+/* Adds chunk i of 16 blocks of R rows times T tokens to the sums; `left` of the blocks are there. */
+INLINE void integer_chunks(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, int64_t block, int i,
+                           int64_t left, const integers *how, __m512 scale[][TOKENS], __m512 sum[][TOKENS], const int kind,
+                           const int full, const int R, const int T)
+{
+    const tq_codebook *book = layer->book;
+    const int nested = kind == FOURS_NESTED || kind == NESTED;
+    const int codes_width = kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
+    const int residual_width = kind == FOURS_NESTED ? 4 : book->residual_bits;
+    const int64_t at = block + CHUNK * i, there = left - CHUNK * i;
+    const __m512i lanes = lane_blocks(i);
+    __m512i high[ROWS_AT_ONCE][2], low[ROWS_AT_ONCE][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 4 * codes_width * at;
+        const uint8_t *residual = NULL;
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T1);
+        if (nested) {
+            residual = row_of(layer->residual, layer->residual_stride, row + r) + 4 * residual_width * at;
+            _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);
+        }
+        decode_chunk(codes, residual, there < CHUNK ? there : CHUNK, book, how, kind, full, high[r], low[r]);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+        const int8_t *x = (const int8_t *)act->values + (token + t) * 2 * act->blocks * BLOCK + 64 * at;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) integer_chunk(x, high[r], low[r], scale[r][t], lanes, nested, &sum[r][t]);
+    }
+}
+
 /* R rows times T tokens. */
 INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
                          const int kind, const int R, const int T)
 {
-    const tq_codebook *book = layer->book;
-    const int nested = kind == FOURS_NESTED || kind == NESTED;
-    const integers how = integers_of(book, nested);
-    const int codes_width = kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
-    const int residual_width = kind == FOURS_NESTED ? 4 : nested ? book->residual_bits : 0;
-    const int64_t columns = act->blocks * BLOCK;
+    const integers how = integers_of(layer->book, kind == FOURS_NESTED || kind == NESTED);
     __m512 sum[ROWS_AT_ONCE][TOKENS];
-    __m512i lanes[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) lanes[i] = lane_blocks(i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -172,33 +195,13 @@ INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64
                 sum[r][t] = _mm512_fnmadd_ps(own, _mm512_load_ps(act->correction + at), sum[r][t]);
             }
         }
-#define CHUNKS(full)                                                                                                         \
-    for (int i = 0; i < 4; i++) {                                                                                            \
-        const int64_t at = block + CHUNK * i, there = left - CHUNK * i;                                                      \
-        __m512i high[ROWS_AT_ONCE][2], low[ROWS_AT_ONCE][2];                                                                 \
-        if (!full && there <= 0) break;                                                                                      \
-        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                                  \
-        {                                                                                                                    \
-            const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 4 * codes_width * at;                \
-            const uint8_t *residual =                                                                                        \
-                nested ? row_of(layer->residual, layer->residual_stride, row + r) + 4 * residual_width * at : NULL;          \
-            _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T1);                                                          \
-            if (nested) _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);                                           \
-            decode_chunk(codes, residual, there < CHUNK ? there : CHUNK, book, &how, kind, full, high[r], low[r]);           \
-        }                                                                                                                    \
-        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                                  \
-        {                                                                                                                    \
-            const int8_t *x = (const int8_t *)act->values + (token + t) * 2 * columns + 64 * at;                             \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                              \
-                integer_chunk(x, high[r], low[r], scale[r][t], lanes[i], nested, &sum[r][t]);                                \
-        }                                                                                                                    \
-    }
-        if (left >= 16) {
+        if (left >= 16)
 #pragma GCC unroll 4
-            CHUNKS(1)
-        } else {
-            CHUNKS(0)
-        }
+            for (int i = 0; i < 16 / CHUNK; i++)
+                integer_chunks(layer, act, row, token, block, i, left, &how, scale, sum, kind, 1, R, T);
+        else
+            for (int i = 0; CHUNK * i < left; i++)
+                integer_chunks(layer, act, row, token, block, i, left, &how, scale, sum, kind, 0, R, T);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
