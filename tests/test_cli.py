@@ -296,6 +296,15 @@ def full_disk():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard: a shell starts its background jobs with SIGINT ignored, and Python keeps it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("action", "expected"),
     [
@@ -320,6 +329,7 @@ def test_interrupted_saving_changes_nothing(cli, dense, checkpoint, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
 def test_interrupted_quantizing_goes_on(cli, dense, checkpoint, tmp_path, monkeypatch, caplog, number):
     out = shutil.copytree(checkpoint, tmp_path / "out")
