@@ -38,3 +38,7 @@ def test_kernel_speed():
 def test_cpu_speed():
     check(TABLES["cpu_layers_table"](ROOT / "benchmarks/results/cpu-layers.json"))
     check(TABLES["cpu_decode_table"](ROOT / "benchmarks/results/cpu-model.json"))
+
+
+def test_serving_speed():
+    check(TABLES["vllm_table"](ROOT / "benchmarks/results/vllm-throughput-cpu.json"))
