@@ -439,8 +439,8 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
 
 def _send_weights_to_meta(model: Any) -> None:
-    """Weights are on the meta device already, unless model code names a device or something keeps device contexts from working.
-    They come from the files all the same, and only on the meta device are ties seen that are yet to be made."""
+    """They are there already, unless model code names a device or something keeps device contexts from working. They come
+    from the files all the same, and only on the meta device are ties seen that are yet to be made."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         weight = module._parameters.get("weight") if is_linear(module) or isinstance(module, nn.Embedding) else None
