@@ -303,9 +303,9 @@ def quantize_weight(
     for start in range(0, weight.shape[0], step):
         chunk = weight[start : start + step]
         part, chunk_error, chunk_norm, exponent = _quantize_chunk(chunk, columns, block, bits, residual_bits, seed)
-        for plane, rows in zip(planes.rows(start, start + step), part, strict=True):
+        for plane, rows in zip(planes, part, strict=True):
             if plane is not None and rows is not None:
-                plane.copy_(rows)
+                plane[start : start + step] = rows
         error, norm, largest = error + chunk_error, norm + chunk_norm, torch.maximum(largest, exponent)
     if int(largest) > MAX_EXPONENT:
         raise QuantizationError(

@@ -206,6 +206,9 @@ class TurboQuantHfQuantizer(HfQuantizer):
             self._declare_layers(model)
             self._loading = (model, checkpoint_files or [])
         else:
+            for file in checkpoint_files or []:
+                if str(file).endswith(".safetensors"):
+                    read_header(Path(file))  # safetensors does not say which of the files is cut short
             self._plan(model)
         check_device_map(model, device_map)
 
