@@ -43,6 +43,7 @@ from .rotation import (
 # fastest where its caches hold the chunk, a GPU where launches do not count.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 19
 _CHECK_CHUNK = 1 << 20
+_DECODE_CHUNK = 1 << 21
 # Search window, scale over RMS, by total bits: finer codebooks clip less and want smaller scales.
 _WINDOW = {
     2: (0.60, 1.60),
@@ -382,11 +383,17 @@ def dequantize_weight(
 ) -> Tensor:
     """The matrix ``[n, k]`` that the planes stand for, computed in float32 and rounded once to ``dtype``."""
     block = rotation_block(in_features, group_size)
-    out = []
-    for part in _row_chunks(packed):
-        rows = _decode_rows(part, bits, residual_bits)
-        out.append(unrotate(rows, block, seed)[:, :in_features].to(dtype))
-    return torch.cat(out)
+
+    def decode(part: PackedWeight) -> Tensor:
+        return unrotate(_decode_rows(part, bits, residual_bits), block, seed)[:, :in_features].to(dtype)
+
+    parts = _row_chunks(packed, _DECODE_CHUNK)
+    if len(parts) == 1:
+        return decode(packed)
+    out = torch.empty(packed.scales.shape[0], in_features, dtype=dtype, device=packed.codes.device)
+    for target, part in zip(out.split(parts[0].scales.shape[0]), parts, strict=True):
+        target.copy_(decode(part))
+    return out
 
 
 def embedding(
@@ -497,9 +504,9 @@ def routed(x: Tensor, experts: Tensor, count: int, width: int, multiply: Callabl
     return torch.cat(parts)[inverse]
 
 
-def _row_chunks(packed: PackedWeight) -> list[PackedWeight]:
+def _row_chunks(packed: PackedWeight, elements: int = 1 << 24) -> list[PackedWeight]:
     """Cuts the rows so that decoding needs bounded memory."""
-    step = max(1, (1 << 24) // max(1, packed.scales.shape[1] * SCALE_BLOCK))
+    step = max(1, elements // max(1, packed.scales.shape[1] * SCALE_BLOCK))
     if packed.scales.shape[0] <= step:
         return [packed]
     columns = [(None,) * len(range(0, packed.scales.shape[0], step)) if t is None else t.split(step) for t in packed]
