@@ -1,6 +1,10 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; it must be chosen before triton is imported anywhere."""
+"""What must be settled before anything is imported: threads, and without a GPU Triton's interpreter."""
 
 import os
+
+# The tensors of the tests are too small to share: a second thread would mostly spin while it waits for the first, for 1.5 to
+# 1.8 times the processor time. Tests of threads set their number themselves; subprocesses inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

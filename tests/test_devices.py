@@ -229,6 +229,14 @@ def test_a_half_downloaded_shard_is_one_error(sharded, keep, way):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("keep", [0, 200, -100])
+def test_a_half_downloaded_dense_shard_is_one_error(tmp_path, keep):
+    tiny_llama().save_pretrained(tmp_path / "m", max_shard_size="30KB")
+    _truncate(tmp_path / "m", keep)
+    with pytest.raises(tq.FormatError, match="model-00002-of"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=tq.TurboQuantConfig())
+
+
 @pytest.mark.parametrize("way", ["from_pretrained", "load"])
 def test_a_shard_that_is_missing_is_one_error(sharded, way):
     shutil.move(sorted(sharded.glob("*.safetensors"))[1], sharded / "elsewhere")

@@ -60,6 +60,10 @@ def _poisoned_memory(monkeypatch):
 
         return poisoned
 
+    with torch.device(
+        "cpu"
+    ):  # PyTorch notes at the first use, for ever, which functions obey a device context: the true ones
+        torch.empty(0)
     monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
 

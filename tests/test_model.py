@@ -289,6 +289,13 @@ def test_a_string_is_no_list_of_patterns():
         quantize_model(stack(), skip="0", progress=False)
 
 
+def test_arguments_of_another_type():
+    with pytest.raises(ConfigError, match=r"model is 'some/model': .* quantize_checkpoint"):
+        quantize_model("some/model")
+    with pytest.raises(ConfigError, match=r"config is 4: it must be a TurboQuantConfig, e.g. TurboQuantConfig\(bits=4\)"):
+        quantize_model(torch.nn.Linear(4, 4), 4)
+
+
 def test_twice_is_an_error():
     model = stack()
     quantize_model(model, progress=False)

@@ -1,10 +1,14 @@
 """The specification against a float64 oracle that follows FORMAT.md and shares no code with it."""
 
+import weakref
+
 import format_oracle as oracle
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from turboquant_weights import QuantizationError
+from turboquant_weights import QuantizationError, reference
 from turboquant_weights.reference import (
     MAX_EXPONENT,
     PackedWeight,
@@ -217,8 +221,6 @@ def test_rows_are_independent_of_one_another():
 
 
 def test_chunks_of_rows_give_the_same_planes_and_results(monkeypatch):
-    from turboquant_weights import reference
-
     settings = layout(4, 2)
     weight, x, grad = integers(37, 192), gaussian(3, 192, seed=1), gaussian(3, 37, seed=2)
     whole = quantize_weight(weight, **settings)
@@ -227,17 +229,16 @@ def test_chunks_of_rows_give_the_same_planes_and_results(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.weight, chunked.weight, strict=True))
     assert chunked.error == pytest.approx(whole.error, rel=1e-6)
 
-    def small_chunks(packed):
+    def small_chunks(packed, elements=0):
         return [PackedWeight(*parts) for parts in zip(*(t.split(10) for t in packed), strict=True)]
 
     expected = linear(x, whole.weight, None, 192, **settings), linear_input_gradient(grad, whole.weight, 192, **settings)
+    decoded = dequantize_weight(whole.weight, 192, **settings)
     monkeypatch.setattr(reference, "_row_chunks", small_chunks)
     torch.testing.assert_close(linear(x, whole.weight, None, 192, **settings), expected[0], rtol=1e-5, atol=1e-3)
     back = linear_input_gradient(grad, whole.weight, 192, **settings)
     torch.testing.assert_close(back, expected[1], rtol=1e-5, atol=1e-3)  # of sums of products near 300
-    torch.testing.assert_close(
-        dequantize_weight(whole.weight, 192, **settings), dequantize_weight(chunked.weight, 192, **settings)
-    )
+    torch.testing.assert_close(dequantize_weight(whole.weight, 192, **settings), decoded)
 
 
 def test_seed_and_group_size_change_the_planes():
@@ -267,3 +268,66 @@ def test_search_beats_every_representable_scale_nearby():
     nearest = levels[torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)] * scales[:, :, None]
     best = (rotated[:, None, :] - nearest).square().sum(2).min(1).values
     assert float(ours.sum() / best.sum()) < 1.01
+
+
+# -- memory
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of the storages that operations made, and of the copy that a CPU makes inside a sum of another dtype."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        hidden = 0
+        if function is torch.ops.aten.sum.default and (kwargs or {}).get("dtype", args[0].dtype) != args[0].dtype:
+            hidden = args[0].numel() * kwargs["dtype"].itemsize
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata)
+        self.peak = max(self.peak, self.bytes + hidden)
+        return out
+
+    def _forget(self, key):
+        self.bytes -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "k", "bits", "residual_bits", "limit"),
+    [
+        (reference._CPU_CHUNK, 2048, 4, 4, 10e6),
+        (reference._GPU_CHUNK, 2048, 4, 0, 20e6),
+        (reference._GPU_CHUNK, 5608, 3, 2, 20e6),
+    ],
+)
+def test_working_space_is_bounded(chunk, k, bits, residual_bits, limit, monkeypatch):
+    """Loading promises the quantized model plus one layer: what quantizing takes besides must not grow with the layer."""
+    monkeypatch.setattr(reference, "_CPU_CHUNK", chunk)
+    weight = gaussian(4 * chunk // k, k).bfloat16()
+    with LiveStorages(weight) as live:
+        planes = quantize_weight(weight, bits=bits, residual_bits=residual_bits).weight
+    assert live.peak - planes.nbytes < limit
+
+
+def test_a_check_makes_no_copy_of_the_weight():
+    weight = torch.ones(8 << 10, 1 << 10, dtype=torch.bfloat16)
+    with LiveStorages(weight) as live:
+        reference.check_matrix(weight, "weight")
+    assert live.peak < 5e6
+
+
+def test_the_position_of_what_is_not_finite_is_found_in_any_part(monkeypatch):
+    monkeypatch.setattr(reference, "_CHECK_CHUNK", 100)
+    weight = torch.ones(9, 30)
+    weight[7, 3] = torch.inf
+    with pytest.raises(QuantizationError, match=r"layer: weight\[7, 3\] is inf"):
+        quantize_weight(weight, name="layer")
+    weight[7, 3] = weight[2, 1] = 3e38  # their sum is infinite, they are not
+    reference.check_matrix(weight, "layer")

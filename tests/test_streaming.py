@@ -474,6 +474,8 @@ def test_an_existing_folder_and_wrong_settings(llama, tmp_path):
         (dict(skip=["nothing.*"]), "matches no linear layer"),
         (dict(skip="lm_head"), "must be a list"),
         (dict(config=tq.TurboQuantConfig(embeddings={"x": (4, 0)})), "matches no embedding"),
+        (dict(device="gpu"), "device is 'gpu': devices are called like"),
+        (dict(device="cuda:77"), "device is cuda:77: PyTorch finds . cuda devices"),
     ):
         with pytest.raises(tq.ConfigError, match=words):
             tq.quantize_checkpoint(llama, tmp_path / "new", **options)

@@ -370,6 +370,29 @@ def test_a_bad_weight_is_reported_with_its_position(folder):
         load_model(folder, quantization_config=config_for(folder))
 
 
+def test_weights_that_are_not_built_on_the_meta_device(folder, tmp_path, monkeypatch):
+    """A model may name a device, or `torch.empty` be replaced: what the config ties is tied all the same."""
+    expected = load_model(folder, quantization_config=config_for(folder))
+    build = transformers.LlamaForCausalLM.__init__
+    seen = []
+
+    def on_cpu(self, config):
+        build(self, config)
+        for module in (self.lm_head, self.model.embed_tokens):
+            module.weight = torch.nn.Parameter(torch.zeros(96, 64, dtype=torch.bfloat16, device="cpu"))
+            seen.append(module.weight.device.type)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", on_cpu)
+    loaded = load_model(folder, quantization_config=config_for(folder))
+    assert_tied(loaded)
+    assert_same_bits(loaded, expected)
+    tq.save(loaded, tmp_path / "m")
+    again = tq.load(tmp_path / "m")
+    assert_tied(again)
+    assert_same_bits(again, expected)
+    assert set(seen) == {"cpu"}
+
+
 # -- errors
 
 

@@ -387,7 +387,7 @@ def layout(config: TurboQuantConfig) -> dict[str, int]:
 
 def _stacked(parts: Sequence[Quantized], stack: DenseExperts) -> Quantized:
     """One expert behind the other, with the error of all together."""
-    norms = [float(torch.linalg.vector_norm(stack.matrix_of(e).float())) ** 2 for e in range(stack.num_experts)]
+    norms = [reference.squared_norm(stack.matrix_of(e)) for e in range(stack.num_experts)]
     error = sum(norm * part.error for norm, part in zip(norms, parts, strict=True)) / (sum(norms) or 1.0)
     return Quantized(PackedWeight.stack([part.weight for part in parts]), error)
 

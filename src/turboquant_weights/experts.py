@@ -218,7 +218,11 @@ class TurboQuantExperts(ExpertStack, PackedPlanes):
         config = config or TurboQuantConfig()
         if weight.is_meta:
             raise QuantizationError(f"{name}: the weight is on the meta device: load the model before quantizing it")
-        parts = []
+        rows, columns = weight.shape[1:] if layout == "out_in" else weight.shape[:0:-1]
+        # Written where they will stay: collected and stacked, they would be there twice.
+        planes = reference.empty_planes(len(weight) * rows, columns, config.bits, config.residual_bits, weight.device).map(
+            lambda plane: plane.view(len(weight), rows, *plane.shape[1:])
+        )
         squares = errors = 0.0
         for index, matrix in enumerate(weight.detach()):
             matrix = matrix if layout == "out_in" else matrix.T
@@ -230,10 +234,12 @@ class TurboQuantExperts(ExpertStack, PackedPlanes):
                 seed=config.seed,
                 name=f"{name}[{index}]",
             )
-            energy = float(torch.linalg.vector_norm(matrix.float())) ** 2
+            for plane, own in zip(planes, quantized.weight, strict=True):
+                if plane is not None and own is not None:
+                    plane[index] = own
+            energy = reference.squared_norm(matrix)
             squares, errors = squares + energy, errors + energy * quantized.error
-            parts.append(quantized.weight)
-        stack = cls.from_packed(PackedWeight.stack(parts), matrix.shape[1], layout, config)
+        stack = cls.from_packed(planes, columns, layout, config)
         stack.quantization_error = errors / squares if squares else 0.0
         stack.dense_dtype = weight.dtype
         return stack

@@ -16,6 +16,7 @@ from .budget import plan_bits
 from .calibration import Calibrator, as_calibration, layout
 from .config import TurboQuantConfig, with_skip
 from .embedding import TurboQuantEmbedding
+from .errors import ConfigError
 from .experts import DenseExperts, TurboQuantExperts, dense_stacks, replace_parameter
 from .feedback import quantize_weight_calibrated
 from .linear import TurboQuantLinear, dense_weight
@@ -78,12 +79,19 @@ def quantize_model(
         A report: per layer bits, error, bytes and time; each skipped layer with the reason; the whole-model ratio.
 
     Raises:
-        ConfigError: a skip pattern matches nothing, the model is quantized already, a budget cannot be met, or more than one
-            is given.
+        ConfigError: a skip pattern matches nothing, the model is quantized already, a budget cannot be met, more than one
+            is given, or an argument is of another type.
         QuantizationError: nothing to quantize, a weight has NaN or Inf (names layer and position), or the model is none that
             can be calibrated; nothing was replaced then.
     """
     start = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model is {model!r}: an nn.Module is needed. A folder or a name on the hub is for quantize_checkpoint, "
+            "or for from_pretrained(..., quantization_config=TurboQuantConfig())"
+        )
+    if config is not None and not isinstance(config, TurboQuantConfig):
+        raise ConfigError(f"config is {config!r}: it must be a TurboQuantConfig, e.g. TurboQuantConfig(bits=4)")
     config = with_skip(config or TurboQuantConfig(), skip)
     budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
     if calibration is None:

@@ -39,9 +39,11 @@ from .rotation import (
     unrotate,
 )
 
-# Elements handled at a time: bounds the temporary memory (45 to 150 bytes per element at the peak of the search). A CPU is
+# Elements handled at a time: bounds the temporary memory, 32 to 40 bytes per element at the peak of the search. A CPU is
 # fastest where its caches hold the chunk, a GPU where launches do not count.
-_CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 21
+_CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 19
+_CHECK_CHUNK = 1 << 20
+_DECODE_CHUNK = 1 << 21
 # Search window, scale over RMS, by total bits: finer codebooks clip less and want smaller scales.
 _WINDOW = {
     2: (0.60, 1.60),
@@ -131,6 +133,15 @@ def packed_bytes(out_features: int, in_features: int, bits: int, residual_bits: 
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
+def empty_planes(
+    out_features: int, in_features: int, bits: int, residual_bits: int, device: torch.device | str
+) -> PackedWeight:
+    """Planes of one matrix, to be written."""
+    shapes = packed_shapes(out_features, in_features, bits, residual_bits)
+    planes = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    return PackedWeight(planes["codes"], planes.get("residual"), planes["scales"], planes["exponents"])
+
+
 @functools.cache
 def scale_values() -> tuple[int, ...]:
     """The 256 values of a scale byte, ascending: 0, 1, ..., 63, 64, 66, ..., 4032."""
@@ -172,9 +183,11 @@ def rank_scales(blocks: Tensor, rms: Tensor, bits: int, residual_bits: int, coun
     step = torch.where(rms > 0, bins_per_unit / octave, 0)
     bins = (blocks.abs() * step[:, None]).int().clamp_(max=_BINS - 1)
     estimate = torch.nn.functional.embedding_bag(bins, errors, mode="sum")
+    del bins  # the peak of the memory comes now
     low, high = _WINDOW[bits + residual_bits]
     fraction = candidates[None, :] * (octave / unit_rms)[:, None]
-    estimate.masked_fill_((fraction < low) | (fraction > high), torch.inf)
+    estimate.masked_fill_(fraction < low, torch.inf).masked_fill_(fraction > high, torch.inf)
+    del fraction
     best = estimate.topk(count, 1, largest=False).indices
     return torch.where(rms > 0, octave, 0)[:, None] * candidates[best]
 
@@ -196,7 +209,7 @@ def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor,
         byte = nearest_index(ranked[:, choice] / per_block, scale_boundaries(rows.device))
         scale = (values[byte.long()] * per_block)[:, None]
         index = nearest_index(torch.where(scale > 0, blocks / scale, 0), boundaries)
-        error = (blocks - table[index.long()] * scale).square().sum(1)
+        error = table[index.long()].mul_(scale).sub_(blocks).square_().sum(1)
         index = index.to(torch.uint8)
         if best is None:
             best = error, byte, index
@@ -217,19 +230,34 @@ def _quantize_rows(rows: Tensor, bits: int, residual_bits: int) -> tuple[Tensor,
     )
 
 
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of ``tensor`` [r, ...] that are small enough to be converted to another dtype."""
+    return tensor.split(max(1, _CHECK_CHUNK // max(1, tensor[:1].numel())))
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """Sum of the squares of all entries, in bounded memory."""
+    return float(torch.stack([part.float().square().sum(dtype=torch.float64) for part in _parts(matrix)]).sum())
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raises QuantizationError, with the position, unless every entry of ``tensor`` is finite in float32."""
-    # The sum is finite only if every entry is, up to overflow; the slow search runs when something looks wrong.
-    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+    # The sum is finite only if every entry is, up to overflow; the slow search runs when something looks wrong. In parts: a
+    # CPU converts all that it sums before it begins, and a layer in float32 is twice what the checkpoint has.
+    parts = _parts(tensor)
+    if torch.isfinite(torch.stack([part.sum(dtype=torch.float32) for part in parts])).all():
         return
-    finite = torch.isfinite(tensor.float())
-    if finite.all():
-        return
-    position = [int(i) for i in (~finite).nonzero()[0]]
-    raise QuantizationError(
-        f"{name}{position} is {tensor[tuple(position)].item()}: weights must be finite in float32. "
-        "Repair the checkpoint, or leave the layer out with skip=[...]"
-    )
+    start = 0
+    for part in parts:
+        wrong = (~torch.isfinite(part.float())).nonzero()
+        if len(wrong):
+            position = [int(i) for i in wrong[0]]
+            position[0] += start
+            raise QuantizationError(
+                f"{name}{position} is {tensor[tuple(position)].item()}: weights must be finite in float32. "
+                "Repair the checkpoint, or leave the layer out with skip=[...]"
+            )
+        start += part.shape[0]
 
 
 def check_matrix(weight: Tensor, name: str) -> None:
@@ -267,40 +295,55 @@ def quantize_weight(
         return Quantized(planes.map(lambda plane: plane.to(weight.device)), relative)
     k = weight.shape[1]
     columns, block = padded_features(k), rotation_block(k, group_size)
-    parts = []
-    error = norm = 0.0
-    chunk = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
-    for rows in weight.split(max(1, chunk // columns)):
-        rows = rows.float()
-        # Powers of two per row keep squares inside float32 for any magnitude, and change no digit.
-        shift = torch.frexp(rows.abs().amax(1))[1].clamp(-126, 126)
-        rows = rotate(pad_columns(rows * torch.exp2(-shift.float())[:, None], columns), block, seed)
-        index, scales, exponents, row_error = _quantize_rows(rows, bits, residual_bits)
-        exponents = exponents + shift
-        if int(exponents.max()) > MAX_EXPONENT:
-            raise QuantizationError(
-                f"{name}: entries up to {float(weight.abs().max()):.3g} are too large: about 1e34 is the limit. "
-                "Repair the checkpoint, or leave the layer out with skip=[...]"
-            )
-        # Below 2**-128 there is no exponent left: such a row is zero (its entries are below 1e-34), and the error says so.
-        lost = exponents < MIN_EXPONENT
-        scales = torch.where(lost[:, None], 0, scales)
-        row_error = torch.where(lost, rows.square().sum(1), row_error)
-        exponents = exponents.clamp(min=MIN_EXPONENT).to(torch.int8)
-        codes = pack(index >> residual_bits if residual_bits else index, bits)
-        residual = pack(index & ((1 << residual_bits) - 1), residual_bits) if residual_bits else None
-        parts.append(PackedWeight(codes, residual, scales, exponents))
-        if columns != k:  # what fell on the padding is dropped by whoever decodes: it is no error
-            difference = unrotate(rows, block, seed)
-            difference -= unrotate(
-                _decode_rows(parts[-1], bits, residual_bits) * torch.exp2(-shift.float())[:, None], block, seed
-            )
-            row_error = difference[:, :k].square().sum(1)
-        # Relative to the matrix: put the rows' powers of two back, in float64.
-        weights = torch.exp2(2 * shift.double())
-        error += float((row_error.double() * weights).sum())
-        norm += float((rows.square().sum(1).double() * weights).sum())
-    return Quantized(PackedWeight.join(parts), error / norm if norm else 0.0)
+    # Planes are written where they will stay: collected and joined, those of a large layer would be there twice.
+    planes = empty_planes(weight.shape[0], k, bits, residual_bits, weight.device)
+    # On the device: asking for a number would make a GPU wait for each chunk.
+    error = norm = torch.zeros((), dtype=torch.float64, device=weight.device)
+    largest = torch.full((), MIN_EXPONENT, dtype=torch.int32, device=weight.device)
+    step = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK) // columns)
+    for start in range(0, weight.shape[0], step):
+        chunk = weight[start : start + step]
+        part, chunk_error, chunk_norm, exponent = _quantize_chunk(chunk, columns, block, bits, residual_bits, seed)
+        for plane, rows in zip(planes, part, strict=True):
+            if plane is not None and rows is not None:
+                plane[start : start + step] = rows
+        error, norm, largest = error + chunk_error, norm + chunk_norm, torch.maximum(largest, exponent)
+    if int(largest) > MAX_EXPONENT:
+        raise QuantizationError(
+            f"{name}: entries up to {float(weight.abs().max()):.3g} are too large: about 1e34 is the limit. "
+            "Repair the checkpoint, or leave the layer out with skip=[...]"
+        )
+    return Quantized(planes, float(error / norm) if norm else 0.0)
+
+
+def _quantize_chunk(
+    weight: Tensor, columns: int, block: int, bits: int, residual_bits: int, seed: int
+) -> tuple[PackedWeight, Tensor, Tensor, Tensor]:
+    """Rows [r, k] -> their planes, squared error and squared norm (float64), and largest exponent before it is cut."""
+    k = weight.shape[1]
+    rows = weight.float()
+    # Powers of two per row keep squares inside float32 for any magnitude, and change no digit.
+    shift = torch.frexp(rows.abs().amax(1))[1].clamp(-126, 126)
+    rows = rotate(pad_columns(rows * torch.exp2(-shift.float())[:, None], columns), block, seed)
+    index, scales, exponents, row_error = _quantize_rows(rows, bits, residual_bits)
+    exponents = exponents + shift
+    largest = exponents.max()
+    # Below 2**-128 there is no exponent left: such a row is zero (its entries are below 1e-34), and the error says so.
+    lost = exponents < MIN_EXPONENT
+    scales = torch.where(lost[:, None], 0, scales)
+    row_error = torch.where(lost, rows.square().sum(1), row_error)
+    exponents = exponents.clamp(MIN_EXPONENT, MAX_EXPONENT).to(torch.int8)
+    codes = pack(index >> residual_bits if residual_bits else index, bits)
+    residual = pack(index & ((1 << residual_bits) - 1), residual_bits) if residual_bits else None
+    part = PackedWeight(codes, residual, scales, exponents)
+    if columns != k:  # what fell on the padding is dropped by whoever decodes: it is no error
+        difference = unrotate(rows, block, seed)
+        difference -= unrotate(_decode_rows(part, bits, residual_bits) * torch.exp2(-shift.float())[:, None], block, seed)
+        row_error = difference[:, :k].square().sum(1)
+    # Relative to the matrix: put the rows' powers of two back, in float64.
+    weights = torch.exp2(2 * shift.double())
+    error = (row_error.double() * weights).sum()
+    return part, error, (rows.square().sum(1).double() * weights).sum(), largest
 
 
 @cached_constant
@@ -340,11 +383,17 @@ def dequantize_weight(
 ) -> Tensor:
     """The matrix ``[n, k]`` that the planes stand for, computed in float32 and rounded once to ``dtype``."""
     block = rotation_block(in_features, group_size)
-    out = []
-    for part in _row_chunks(packed):
-        rows = _decode_rows(part, bits, residual_bits)
-        out.append(unrotate(rows, block, seed)[:, :in_features].to(dtype))
-    return torch.cat(out)
+
+    def decode(part: PackedWeight) -> Tensor:
+        return unrotate(_decode_rows(part, bits, residual_bits), block, seed)[:, :in_features].to(dtype)
+
+    parts = _row_chunks(packed, _DECODE_CHUNK)
+    if len(parts) == 1:
+        return decode(packed)
+    out = torch.empty(packed.scales.shape[0], in_features, dtype=dtype, device=packed.codes.device)
+    for target, part in zip(out.split(parts[0].scales.shape[0]), parts, strict=True):
+        target.copy_(decode(part))
+    return out
 
 
 def embedding(
@@ -455,9 +504,9 @@ def routed(x: Tensor, experts: Tensor, count: int, width: int, multiply: Callabl
     return torch.cat(parts)[inverse]
 
 
-def _row_chunks(packed: PackedWeight) -> list[PackedWeight]:
+def _row_chunks(packed: PackedWeight, elements: int = 1 << 24) -> list[PackedWeight]:
     """Cuts the rows so that decoding needs bounded memory."""
-    step = max(1, (1 << 24) // max(1, packed.scales.shape[1] * SCALE_BLOCK))
+    step = max(1, elements // max(1, packed.scales.shape[1] * SCALE_BLOCK))
     if packed.scales.shape[0] <= step:
         return [packed]
     columns = [(None,) * len(range(0, packed.scales.shape[0], step)) if t is None else t.split(step) for t in packed]

@@ -27,7 +27,8 @@ def check_device_map(model: Any, device_map: Any) -> None:
                 f"device_map has {key!r}, which is no part of {type(model).__name__}: its modules are named like "
                 + ", ".join([name for name in sorted(modules, key=lambda name: name.count(".")) if name][:4])
             )
-        _check_device(key, device)
+        if device != "disk":
+            check_device(device, f"device_map sends {key!r} to", "'cuda:0', 'cpu' or 'disk'")
         outer = None if key == "" else _place(device_map, key.rpartition(".")[0])
         if outer is not None and outer != device and "disk" in (outer, device):
             raise ConfigError(
@@ -56,16 +57,13 @@ def _place(device_map: Mapping[str, Any], name: str) -> Any:
     return device_map[name]
 
 
-def _check_device(key: str, device: Any) -> None:
-    if device == "disk":
-        return
+def check_device(device: Any, where: str, examples: str = "'cuda:0' or 'cpu'") -> None:
+    """Raises ConfigError, with ``where`` before the device, unless this machine has it."""
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(
-            f"device_map sends {key!r} to {device!r}: devices are called like 0, 'cuda:0', 'cpu' or 'disk'"
-        ) from None
+        raise ConfigError(f"{where} {device!r}: devices are called like 0, {examples}") from None
     backend = getattr(torch, place.type, None)
     count = backend.device_count() if backend is not None and hasattr(backend, "device_count") else 1
     if (place.index or 0) >= count:
-        raise ConfigError(f"device_map sends {key!r} to {place}: PyTorch finds {count} {place.type} devices here")
+        raise ConfigError(f"{where} {place}: PyTorch finds {count} {place.type} devices here")

@@ -45,6 +45,7 @@ from ..reference import check_finite, quantize_weight
 from ..tying import replace_embedding, replace_module
 from ..writer import Shard, ShardWriter, TensorSpec, plan_shards, write_index
 from .dense import DenseCheckpoint
+from .devices import check_device
 from .model_card import model_card
 from .tied import stored_modules
 
@@ -176,6 +177,8 @@ def quantize_dense(
     start = time.perf_counter()
     target = Path(os.path.realpath(out))
     check_replaceable(target, overwrite)
+    if device is not None:
+        check_device(device, "device is")
     job = StreamingJob(source, config, max_shard_size)
     layers: dict[str, tuple[float, float]] = {}
     with PartialFolder(target, _request(job, device), overwrite) as partial:

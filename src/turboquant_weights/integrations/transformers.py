@@ -201,10 +201,14 @@ class TurboQuantHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        _send_weights_to_meta(model)
         if self.pre_quantized:
             self._declare_layers(model)
             self._loading = (model, checkpoint_files or [])
         else:
+            for file in checkpoint_files or []:
+                if str(file).endswith(".safetensors"):
+                    read_header(Path(file))  # safetensors does not say which of the files is cut short
             self._plan(model)
         check_device_map(model, device_map)
 
@@ -435,6 +439,17 @@ class TurboQuantHfQuantizer(HfQuantizer):
                 replace_module(model, name, TurboQuantLinear.like(module, config.for_layer(name)))
         tie_planes(model)
         _mark_as_initialized(model)
+
+
+def _send_weights_to_meta(model: Any) -> None:
+    """They are there already, unless model code names a device or something keeps device contexts from working. They come
+    from the files all the same, and only on the meta device are ties seen that are yet to be made."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight") if is_linear(module) or isinstance(module, nn.Embedding) else None
+        if weight is not None and not weight.is_meta:
+            meta = nn.Parameter(weight.to("meta"), requires_grad=weight.requires_grad)
+            module._parameters["weight"] = moved.setdefault(id(weight), meta)
 
 
 def _mark_as_initialized(model: Any) -> None:
