@@ -92,8 +92,8 @@ def feedback_gains(
     *,
     progress: bool = True,
 ) -> dict[str, float]:
-    """What error feedback will leave of the loss of each layer inside the blocks, as its inputs tell (feedback.py): 0.1 where
-    a few directions carry the inputs, 0.6 where they are nearly white. One forward pass; the stream ends behind the blocks.
+    """What error feedback will leave of the loss of each layer inside the blocks, as its inputs tell (feedback.py): 0.03 to
+    0.56 in SmolLM2. Least where a few directions carry the inputs. One forward pass; the stream ends behind the blocks.
 
     Args:
         stream: Open, in front of the first block. groups: Names of layers with the same input. linears: By name; stacks of
