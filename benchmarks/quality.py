@@ -116,21 +116,23 @@ class _Hook:
         self.handle.remove()
 
 
-def our_rows(tokenizer: object, calibration: Calibration) -> dict[str, tuple[dict[str, int], dict[str, object]]]:
+def our_rows(tokenizer: object, calibration: Calibration) -> dict[str, tuple[dict[str, object], dict[str, object]]]:
     """Row name -> arguments of TurboQuantConfig and of quantize_model."""
     calibrated = {"calibration": calibration, "tokenizer": tokenizer}
-    rows: dict[str, tuple[dict[str, int], dict[str, object]]] = {f"ours {s}": (_bits(s), {}) for s in DATA_FREE}
+    rows: dict[str, tuple[dict[str, object], dict[str, object]]] = {f"ours {s}": (_bits(s), {}) for s in DATA_FREE}
     rows |= {f"ours {s}, calibrated": (_bits(s), calibrated) for s in CALIBRATED}
+    # The value projections are 3 % of this model's linear weights and most of what 4 bits lose: 4.32 bits in all.
+    rows["ours 4, v_proj 4+2, calibrated"] = ({"bits": 4, "layer_bits": {"*.v_proj": (4, 2)}}, calibrated)
     rows |= {f"ours {r}x whole file": ({}, calibrated | {"target_ratio": r}) for r in WHOLE_FILE}
     return rows
 
 
-def _bits(setting: str) -> dict[str, int]:
+def _bits(setting: str) -> dict[str, object]:
     bits, _, residual = setting.partition("+")
     return {"bits": int(bits), "residual_bits": int(residual or 0)}
 
 
-def quantize_ours(reference: nn.Module, config: dict[str, int], arguments: dict[str, object], seed: int) -> Result:
+def quantize_ours(reference: nn.Module, config: dict[str, object], arguments: dict[str, object], seed: int) -> Result:
     model = copy.deepcopy(reference)
     report = quantize_model(model, TurboQuantConfig(seed=seed, **config), progress=False, **arguments)
     return Result(model, report.bits_per_weight, report.total_bytes, report.error)

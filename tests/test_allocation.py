@@ -10,11 +10,13 @@ import pytest
 import torch
 from tiny_model import tiny_llama
 
-from turboquant_weights import ConfigError, reference
+from turboquant_weights import ConfigError, TurboQuantConfig, plan_bits, reference
 from turboquant_weights.allocation import ERRORS, Unit, allocate, steps
 from turboquant_weights.evaluation import kl_divergence
+from turboquant_weights.feedback import DAMPING
 from turboquant_weights.linear import is_linear
-from turboquant_weights.sensitivity import measure
+from turboquant_weights.rotation import rotate
+from turboquant_weights.sensitivity import feedback_gains, measure
 from turboquant_weights.stream import BlockStream
 
 
@@ -107,6 +109,36 @@ def test_sensitivities_predict_the_kl_divergence_of_noise() -> None:
             measured.append(float(kl_divergence(wanted, found).mean()))
         predicted = 0.003 * sum(values[name] for name in names)
         assert predicted == pytest.approx(sum(measured) / len(measured), rel=0.25)
+
+
+def test_a_budget_knows_where_calibration_helps() -> None:
+    """Of two layers alike, the one whose inputs lie in few directions gets fewer bits."""
+    torch.manual_seed(0)
+    model = tiny_llama(hidden_size=64, intermediate_size=64, initializer_range=0.1).eval()
+    tokens = torch.randint(0, 97, (8, 64))
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
+    groups = [[name] for name in linears if not name.endswith("up_proj")]
+    groups[[g[0].endswith("gate_proj") for g in groups].index(True)].append("model.layers.0.mlp.up_proj")
+    with BlockStream(model, tokens, torch.device("cpu")) as stream:
+        gains = feedback_gains(stream, groups, linears, TurboQuantConfig(), progress=False)
+    assert set(gains) == {name for group in groups for name in group}
+    seen = {}
+    for name in gains:
+        linears[name].register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for name, x in seen.items():
+        rotated = rotate(x.reshape(-1, x.shape[-1]).double(), 64, 0)
+        second = rotated.T @ rotated
+        second = second / second.diagonal().mean() + DAMPING * torch.eye(64, dtype=torch.float64)
+        # What is left of each input once those after it have predicted it.
+        wanted = [1 / torch.linalg.inv(second[j:, j:])[0, 0] for j in range(64)]
+        assert gains[name] == pytest.approx(float(sum(wanted)) / 64, rel=1e-3)
+    plan = plan_bits(model, tokens=tokens, progress=False)
+    units = {unit.names[0]: unit for unit in plan.units}
+    free = {unit.names[0]: unit for unit in plan_bits(model, tokens=tokens, calibrated=False, progress=False).units}
+    o_proj = "model.layers.0.self_attn.o_proj"
+    assert units[o_proj].sensitivity == pytest.approx(free[o_proj].sensitivity * gains[o_proj], rel=1e-3)
 
 
 def test_sensitivities_are_reproducible() -> None:

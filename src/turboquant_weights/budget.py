@@ -2,8 +2,8 @@
 
 Sensitivities are measured with one backward pass over a little text (sensitivity.py); without a text, over random
 tokens: their logarithms correlate at 0.85 with those of a text, good enough to rank layers, not to predict a loss.
-Whoever calibrates gets smaller losses from the same bits; how much smaller is a measured constant, since only ratios
-between kinds of layers matter here.
+Whoever calibrates gets smaller losses from the same bits, and how much smaller differs twentyfold between layers: that is
+read from the second moments of their inputs, in one more pass over some of the text.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from .tying import tied_heads
 SAMPLES, SAMPLE_LENGTH = 12, 256
 _PROBE_TOKENS = 8
 _SEED = 0
-# Share of the KL divergence of plain rounding that calibrated rounding leaves: SmolLM2-135M at 3.2x, 41 thousand tokens of
-# text. More text leaves less (DESIGN.md has the measurements), so what a budget expects is on the safe side.
+# Windows of the calibration text that tell how much feedback will help each layer, if there are as many: four times as many
+# tokens as the widest layer has inputs, but at least 8,192.
+_GAIN_TOKENS, _GAIN_TOKENS_PER_COLUMN = 8192, 4
+# Share of the KL divergence of plain rounding that calibrated rounding leaves, where the inputs do not tell: experts, and an
+# output head that is tied to the embedding. More text leaves less (DESIGN.md), so what a budget expects is on the safe side.
 _CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.40, 0.90
 # Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they
 # stay alike, so that they can run as one matrix (gate and up, q and k).
@@ -143,7 +146,7 @@ def plan_bits(
     measured = tokens is not None
     if tokens is None:
         tokens = _random_tokens(model)
-    tokens = tokens[:SAMPLES, :SAMPLE_LENGTH]
+    text, tokens = tokens, tokens[:SAMPLES, :SAMPLE_LENGTH]
     where = torch.device(device) if device is not None else next(model.parameters()).device
     with dense_stacks(model, stacks):
         linears = {name: model.get_submodule(name) for name in targets}
@@ -151,6 +154,12 @@ def plan_bits(
             values = sensitivity.measure(stream, linears, embeddings, progress=progress)
         probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
         groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
+        gains = {}
+        if calibrated and measured:
+            widest = max((weight_rows(module, name).shape[1] for name, module in linears.items()), default=1)
+            wanted = max(_GAIN_TOKENS, _GAIN_TOKENS_PER_COLUMN * widest)
+            with BlockStream(model, text[: -(-wanted // text.shape[1])], where) as stream:
+                gains = sensitivity.feedback_gains(stream, groups, linears, config, progress=progress)
     reached = {name for group in groups for name in group}
     groups += [[name] for name in linears if name not in reached]
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
@@ -158,7 +167,8 @@ def plan_bits(
     known: set[int] = set()
     for group in groups:
         for names in _alike(group, values, linears):
-            units.append(_unit(names, linears, values, _CALIBRATED_LINEAR if calibrated else 1.0, known))
+            gain = gains.get(names[0], _CALIBRATED_LINEAR) if calibrated else 1.0
+            units.append(_unit(names, linears, values, gain, known))
     for name, embedding in embeddings.items():
         gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
         units.append(_unit([name], embeddings, values, gain, known))

@@ -24,6 +24,7 @@ float64).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,25 @@ def feedback_factor(hessian: Tensor) -> tuple[Tensor, float]:
     Raises:
         QuantizationError: ``hessian`` has a NaN or Inf, or cannot be factorised whatever the damping.
     """
+    return _factorised(hessian, _upper_factor_of_inverse)
+
+
+def _upper_factor_of_inverse(damped: Tensor) -> tuple[Tensor, bool]:
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return damped, False
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper, not failed
+
+
+def _conditional_deviations(damped: Tensor) -> tuple[Tensor, bool]:
+    """``1 / U_jj`` [c]: of each input what those after it do not predict."""
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    return lower.diagonal().flip(0), not failed
+
+
+def _factorised(hessian: Tensor, factorise: Callable[[Tensor], tuple[Tensor, bool]]) -> tuple[Tensor, float]:
+    """``factorise`` of the damped matrix with a mean diagonal of one, in float32, and that mean."""
     if not torch.isfinite(hessian).all():
         raise QuantizationError(
             "the second moments of the calibration inputs have NaN or Inf: the model overflows in its dtype; load it in "
@@ -126,21 +146,31 @@ def feedback_factor(hessian: Tensor) -> tuple[Tensor, float]:
     work = hessian.to(_working_dtype(size))
     mean = float(work.diagonal().mean())
     if mean <= 0:  # no input at all: nothing to feed back
-        return torch.eye(size, dtype=torch.float32, device=hessian.device), 1.0
+        return factorise(torch.eye(size, dtype=torch.float32, device=hessian.device))[0], 1.0
     work = work / mean
     damping = DAMPING
     for _ in range(_ATTEMPTS):
-        damped = work + damping * torch.eye(size, dtype=work.dtype, device=work.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return upper.float(), mean
+        found, succeeded = factorise(work + damping * torch.eye(size, dtype=work.dtype, device=work.device))
+        if succeeded and torch.isfinite(found).all():
+            return found.float(), mean
         damping *= 10
     raise QuantizationError(
         f"the second moments of {size} calibration inputs cannot be factorised, even with {damping / 10:g} times "
         "their mean added to the diagonal: check the model for overflow"
     )
+
+
+def feedback_gain(hessian: Tensor) -> float:
+    """What feedback leaves of the loss of rounding, as the inputs alone tell it: the mean of ``1 / U_jj^2`` over the mean
+    diagonal of ``H``, if the errors before feedback are white.
+
+    ``1 / U_jj^2`` is what is left of input ``j`` when those after it have predicted it, so one Cholesky factor of ``H`` with
+    its columns in reverse is enough.
+
+    Raises:
+        QuantizationError: as :func:`feedback_factor`.
+    """
+    return float(_factorised(hessian, _conditional_deviations)[0].square().mean())
 
 
 @torch.no_grad()

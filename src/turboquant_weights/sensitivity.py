@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .config import TurboQuantConfig
 from .errors import QuantizationError
 from .experts import DenseExperts
+from .feedback import Moments, feedback_gain, rotated_moments
 from .linear import is_conv1d
 from .stream import Batch, BlockStream
 
@@ -79,6 +81,46 @@ def measure(
             window = Batch(batch.tokens[i : i + 1], batch.hidden[i : i + 1], _one(batch.calls, batch.tokens.shape[0], i))
             _backward(stream, window, names, outside, fisher, generator)
     return fisher.sensitivities()
+
+
+@torch.no_grad()
+def feedback_gains(
+    stream: BlockStream,
+    groups: Sequence[Sequence[str]],
+    linears: Mapping[str, nn.Module],
+    config: TurboQuantConfig,
+    *,
+    progress: bool = True,
+) -> dict[str, float]:
+    """What error feedback will leave of the loss of each layer inside the blocks, as its inputs tell (feedback.py): 0.03 to
+    0.56 in SmolLM2. Least where a few directions carry the inputs. One forward pass; the stream ends behind the blocks.
+
+    Args:
+        stream: Open, in front of the first block. groups: Names of layers with the same input. linears: By name; stacks of
+        experts are left out, because each of their experts has inputs of its own.
+    """
+    gains: dict[str, float] = {}
+    for index in tqdm(range(len(stream.blocks)), desc="measuring inputs", unit="block", disable=not progress):
+        with stream.block(index) as block:
+            members = {id(module) for module in block.modules()}
+            seen: dict[str, Moments] = {}
+            handles = []
+            for names in groups:
+                module = linears[names[0]]
+                if id(module) in members and not isinstance(module, DenseExperts):
+                    seen[names[0]] = moments = Moments(_matrix(module).shape[1], stream.device)
+                    handles.append(module.register_forward_pre_hook(lambda module, args, m=moments: m.add(args[0])))
+            try:
+                for batch in stream.batches:
+                    batch.hidden = stream.run(index, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for names in groups:
+                if names[0] in seen:
+                    rotated = rotated_moments(seen.pop(names[0]).now, config.group_size, config.seed)
+                    gains.update(dict.fromkeys(names, feedback_gain(rotated)))
+    return gains
 
 
 def _backward(
