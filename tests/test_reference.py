@@ -303,8 +303,8 @@ class LiveStorages(TorchDispatchMode):
     ("chunk", "k", "bits", "residual_bits", "limit"),
     [
         (reference._CPU_CHUNK, 2048, 4, 4, 10e6),
-        (reference._GPU_CHUNK, 2048, 4, 0, 20e6),
-        (reference._GPU_CHUNK, 5608, 3, 2, 20e6),
+        (reference._GPU_CHUNK[0], 2048, 4, 0, 20e6),
+        (reference._GPU_CHUNK[0], 5608, 3, 2, 20e6),
     ],
 )
 def test_working_space_is_bounded(chunk, k, bits, residual_bits, limit, monkeypatch):
@@ -314,6 +314,15 @@ def test_working_space_is_bounded(chunk, k, bits, residual_bits, limit, monkeypa
     with LiveStorages(weight) as live:
         planes = quantize_weight(weight, bits=bits, residual_bits=residual_bits).weight
     assert live.peak - planes.nbytes < limit
+
+
+@pytest.mark.parametrize("rows", [1, 500, 5000, 20000, 200000])
+def test_a_gpu_takes_chunks_that_grow_with_the_matrix(rows):
+    """Beyond 20 MB the working space is less than the matrix in bf16, and 80 MB at most."""
+    weight = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+    needed = 36 * reference._chunk(weight)
+    assert needed <= min(max(20e6, 1.15 * weight.nbytes), 80e6)
+    assert reference._chunk(weight) == 1 << 21 or rows < 8192  # a large layer must not wait for launches
 
 
 def test_a_check_makes_no_copy_of_the_weight():
