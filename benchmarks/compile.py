@@ -5,13 +5,16 @@
 
 ``--random`` takes a random Llama of half a billion weights instead of a file. Prefill: the whole model as one graph
 (``fullgraph``) at nine lengths. Decoding: ``generate`` of 64 tokens with a dynamic cache in eager mode, and with a static
-cache compiled in ``--mode``; the best of 3 after one to warm up. A line of JSON per row goes to ``--output``.
+cache compiled in ``--mode``; the best of 3 after one to warm up. A line of JSON per row goes to ``--output``. Every row
+has a process of its own: after another row's compiled decoding an eager token took 11.9 ms on an H100 instead of 8.3.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import pathlib
 import time
 from typing import Any
@@ -82,6 +85,18 @@ def best(model: Any, prompt: torch.Tensor, **options: Any) -> tuple[torch.Tensor
     return tokens, round(min(seconds[1:]) / NEW * 1e3, 2)
 
 
+def measure(arguments: argparse.Namespace, label: str) -> dict[str, Any]:
+    torch.manual_seed(1)
+    model = build(arguments, None if label == "dense" else tuple(map(int, label.split("+"))))  # type: ignore[arg-type]
+    ids = torch.randint(3, model.config.vocab_size, (1, max(LENGTHS)), device=arguments.device)
+    row: dict[str, Any] = dict(bits=label, device=arguments.device, dtype=arguments.dtype, mode=arguments.mode)
+    if "prefill" in arguments.parts:
+        row |= prefill(model, ids)
+    if "prefill" not in arguments.parts or "decoding" in arguments.parts:
+        row |= decoding(model, ids, arguments.mode, "eager" in arguments.parts)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=pathlib.Path)
@@ -93,21 +108,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["prefill", "decoding", "eager"], default=["prefill", "decoding"])
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
-    torch.manual_seed(1)
-    for label in arguments.bits:
-        bits = None if label == "dense" else tuple(map(int, label.split("+")))
-        model = build(arguments, bits)  # type: ignore[arg-type]
-        ids = torch.randint(3, model.config.vocab_size, (1, max(LENGTHS)), device=arguments.device)
-        row: dict[str, Any] = dict(bits=label, device=arguments.device, dtype=arguments.dtype, mode=arguments.mode)
-        if "prefill" in arguments.parts:
-            row |= prefill(model, ids)
-        if "prefill" not in arguments.parts or "decoding" in arguments.parts:
-            row |= decoding(model, ids, arguments.mode, "eager" in arguments.parts)
-        print(row, flush=True)
-        if arguments.output is not None:
-            with arguments.output.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
-        del model
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for row in pool.imap(functools.partial(measure, arguments), arguments.bits):
+            print(row, flush=True)
+            if arguments.output is not None:
+                with arguments.output.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+        pool.close()
+        pool.join()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, dequantize, feedback, rotate, slices, splitk
+from turboquant_weights.kernels import decode, dequantize, feedback, rotate, rotating, slices, splitk
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
     out="*bf16", partial="*fp32", counters="*i32", sign="*bf16", matrix="*bf16",
 )  # fmt: skip
-DIVISIBLE = ("x_stride", "code_stride", "out_stride")
+DIVISIBLE = ("x_stride", "code_stride", "out_stride", "columns")
 
 
 def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **constants):
@@ -47,6 +47,12 @@ def main(capability: int) -> None:
             kernel = build(slices.slices_kernel, capability, 4, **few, **common)
             assert "mma.sync" in kernel.asm["ptx"]
             assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+            one = dict(few, PDL=pdl)
+            raw = POINTERS | dict(x="*bf16", experts="*i64")
+            for function, options in ((rotating.rotating_kernel, dict(HAS_BIAS=True)), (rotating.routed_kernel, {})):
+                for tail in (True, False):
+                    kernel = build(function, capability, 4, raw, **(one | options | dict(TAIL=tail)))
+                    assert "ttg.local_" not in kernel.asm["ttgir"]  # what is rotated stays in its thread
         build(dequantize.dequantize_kernel, capability, 4, **planes)
     activations = POINTERS | dict(x="*bf16")
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)

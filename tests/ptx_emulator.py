@@ -60,7 +60,7 @@ def run(assembly: str, results: int, operands: list[np.ndarray]) -> list[np.ndar
     text = re.sub(r"//[^\n]*|[{}]", "", assembly)
     for statement in text.split(";"):
         words = statement.strip().replace(",", " ").split()
-        if not words or words[0] == ".reg":
+        if not words or words[0] == ".reg" or words[0].startswith("prefetch"):
             continue
         name = next(known for known in OPERATIONS if words[0].startswith(known))
         arguments = [registers[w] if w in registers else np.full_like(operands[0], int(w, 0)) for w in words[2:]]

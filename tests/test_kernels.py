@@ -27,7 +27,7 @@ from ptx_emulator import inline_asm_elementwise, run
 from turboquant_weights.errors import ScheduleError
 from turboquant_weights.kernels import decode, schedule
 from turboquant_weights.kernels import linear as kernels
-from turboquant_weights.kernels.schedule import Slices, SplitK, choose
+from turboquant_weights.kernels.schedule import Rotating, Slices, SplitK, choose
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -184,11 +184,125 @@ def test_every_schedule_gives_the_result(chosen, k):
 
 @needs_interpreter
 @pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
-@pytest.mark.parametrize("chosen", [SplitK(32, 64, 2, 3, 4), SplitK(16, 64, 1, 1, 4), Slices(2, 1), Slices(4, 3)])
+@pytest.mark.parametrize(
+    "chosen", [SplitK(32, 64, 2, 3, 4), SplitK(16, 64, 1, 1, 4), Slices(2, 1), Slices(4, 3), Rotating(1), Rotating(4)]
+)
 def test_every_schedule_on_the_assembly_path(chosen, bits, residual_bits, assembly_on_cpu):
-    tokens = 7 if isinstance(chosen, Slices) else 33
+    tokens = {SplitK: 33, Slices: 7, Rotating: 1}[type(chosen)]
     for n, k in ((67, 1024), (33, 896), (40, 288)):  # whole turns, a missing turn, a missing part of a tile
         check(*inputs(tokens, n, k), n, k, bits, residual_bits, function=scheduled(chosen))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("k", "group_size"), [(100, 32), (192, 128), (320, 128), (384, 64), (1000, 128)])
+def test_every_rotation_block_inside_the_product(k, group_size, assembly_on_cpu):
+    """Blocks of 32, 64 and 128; columns that end inside a tile, a scale and a pair of tiles."""
+    for warps in (1, 2):
+        check(*inputs(1, 20, k), 20, k, 4, 0, group_size, seed=3, function=scheduled(Rotating(warps)))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 300.0, 6e4])
+def test_one_token_of_any_magnitude(magnitude, assembly_on_cpu):
+    """Half precision holds 6e4; sixteen of them would not fit. Tiles of one token may differ by any factor."""
+    weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(0)) * 1e-3
+    packed = reference.quantize_weight(weight).weight
+    exact = dequantize(packed, 512, 4, 0, 128, 0)
+    signs = torch.sign(torch.randn(1, 512, generator=torch.Generator().manual_seed(1)))
+    for factors in (torch.ones(512), torch.ones(512).masked_fill(torch.arange(512) < 256, 1e-3), torch.eye(512)[300]):
+        x = (signs * magnitude * factors).half()
+        got = kernels.linear(x, packed, None, 512, bits=4, residual_bits=0, group_size=128, seed=0)
+        want = x.double() @ exact.T
+        tiny = 2.0**-24 * 40**0.5  # the result's own rounding, where it is subnormal
+        assert (got.double() - want).norm() <= 1e-3 * want.norm() + tiny
+    zeros = kernels.linear(torch.zeros(1, 512).half(), packed, None, 512, bits=4, residual_bits=0, group_size=128, seed=0)
+    assert (zeros == 0).all()
+
+
+def stack(n: int, k: int, residual_bits: int):
+    """Three matrices as one stack of planes, and their float64 values."""
+    packed, _ = layer(n, k, 4, residual_bits)
+    members = [
+        packed._replace(codes=packed.codes ^ mask, exponents=packed.exponents + i) for i, mask in enumerate((0, 255, 53))
+    ]
+    exact = [dequantize(member.map(torch.Tensor.cpu), k, 4, residual_bits, 128, 0) for member in members]
+    columns = zip(*members, strict=True)
+    planes = reference.PackedWeight(*(None if column[0] is None else torch.stack(column) for column in columns))
+    return planes, torch.stack(exact).to(DEVICE)
+
+
+def check_routed(multiply, residual_bits, n, k, dtype, index_dtype=torch.int64):
+    packed, exact = stack(n, k, residual_bits)
+    experts = torch.tensor([2, 0, 3, 2, 1, 7], device=DEVICE, dtype=index_dtype)  # 3 and 7 are elsewhere
+    x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).to(DEVICE, dtype)
+    layout = (k, 4, residual_bits, 128, 0)
+    got = multiply(x, experts, packed, layout)
+    assert got.shape == (6, n)
+    assert got.dtype == dtype
+    assert (got[experts >= 3] == 0).all()
+    for row, expert in enumerate(experts.tolist()):
+        if expert < 3:
+            want = x[row].double() @ exact[expert].T
+            member = packed.map(lambda plane, e=expert: plane[e])
+            eager = reference.linear(x[row], member, None, k, bits=4, residual_bits=residual_bits, group_size=128, seed=0)
+            size = exact[expert].norm(dim=1)
+            error, allowed = (((y.double() - want) / size).norm() for y in (got[row], eager))
+            assert error <= 2 * allowed + 1e-6 * x[row].double().norm()
+    return got
+
+
+@needs_interpreter
+@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("n", "k", "index_dtype"), [(35, 288, torch.int64), (16, 512, torch.int32)])
+def test_each_token_by_its_own_expert(n, k, index_dtype, residual_bits, assembly_on_cpu):
+    def multiply(x, experts, packed, layout):
+        assert kernels.is_routed_at_once(x, packed, *layout)
+        assert kernels.routed(x[:0], experts[:0], packed, *layout).shape == (0, n)
+        return kernels.routed(x, experts, packed, *layout)
+
+    check_routed(multiply, residual_bits, n, k, torch.float16, index_dtype)
+
+
+def test_which_tokens_are_routed_at_once(assembly_on_cpu):
+    packed, _ = stack(16, 512, 0)
+    x = torch.zeros(40_000, 512, dtype=torch.float16, device=DEVICE)
+    assert kernels.is_routed_at_once(x[:6], packed, 512, 4, 0, 128, 0)
+    assert not kernels.is_routed_at_once(x[:6].float(), packed, 512, 4, 0, 128, 0)
+    assert not kernels.is_routed_at_once(x[:6], packed, 512, 3, 1, 128, 0)  # no assembly decoder
+    assert not kernels.is_routed_at_once(torch.cat([x, x]), packed, 512, 4, 0, 128, 0)  # more than a grid's dimension
+    assert not kernels.is_routed_at_once(x, packed._replace(codes=packed.codes.repeat(1, 64, 1)), 512, 4, 0, 128, 0)  # many
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_experts_on_a_gpu_eagerly_and_captured(dtype, residual_bits):
+    op = torch.ops.turboquant_weights.experts
+
+    def multiply(x, experts, packed, layout):
+        eager = op(x, experts, *packed, *layout)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # nothing of it waits for the number of tokens of an expert
+            captured = op(x, experts, *packed, *layout)
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, eager)
+        assert torch.equal(eager, op(x, experts, *packed, *layout)), "not deterministic"
+        return eager
+
+    for n, k in ((35, 288), (64, 2048)):
+        check_routed(multiply, residual_bits, n, k, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize("chosen", [Rotating(1), Rotating(2), Rotating(8)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotating_on_a_gpu(dtype, chosen, bits, residual_bits):
+    for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32), (65, 100), (48, 4096)):
+        check(*inputs(1, n, k, dtype), n, k, bits, residual_bits, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
@@ -281,7 +395,10 @@ def test_heuristic_covers_everything():
             for columns in (32, 3584, 18944):
                 chosen = choose("none", tokens, rows, columns, 0)
                 tiles = max(1, -(-columns // 128))
-                if isinstance(chosen, Slices):
+                if isinstance(chosen, Rotating):
+                    assert tokens == 1
+                    assert 1 <= chosen.warps <= max(2, tiles)
+                elif isinstance(chosen, Slices):
                     assert tokens <= 8
                     assert 1 <= chosen.split * chosen.warps <= tiles
                 else:

@@ -110,7 +110,8 @@ class _Group:
         return self.merged
 
     def merged_bias(self) -> Tensor | None:
-        biases = [member.bias for member in self.members]
+        # Not the attribute where it is an ordinary parameter: nn.Module needs a microsecond to find one.
+        biases = [m._parameters["bias"] if "bias" in m._parameters else m.bias for m in self.members]  # noqa: SIM401
         present = [bias for bias in biases if bias is not None]
         if not present:
             return None

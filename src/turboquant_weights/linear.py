@@ -110,14 +110,14 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
         self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        parameters = self._parameters  # not attributes: nn.Module needs half a microsecond to find one
+        parameters = self._parameters  # not attributes: nn.Module needs a microsecond to find one
         return ops.linear(
             input,
             parameters["codes"],  # type: ignore[arg-type]
             parameters["residual"],
             parameters["scales"],  # type: ignore[arg-type]
             parameters["exponents"],  # type: ignore[arg-type]
-            self.bias,  # may be parametrized
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401  # it may be parametrized
             self.in_features,
             self.bits,
             self.residual_bits,
@@ -127,7 +127,7 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
 
     def check_input(self, input: Tensor) -> None:
         """Raises QuantizationError unless ``input`` is a floating-point tensor [..., in_features]."""
-        if input.shape[-1:] != (self.in_features,) or not input.is_floating_point():
+        if not input.dim() or input.size(-1) != self.in_features or not input.is_floating_point():
             raise QuantizationError(
                 f"TurboQuantLinear got a {input.dtype} tensor of shape {tuple(input.shape)}: "
                 f"a floating-point tensor [..., {self.in_features}] is needed"

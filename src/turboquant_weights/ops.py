@@ -134,7 +134,7 @@ def has_triton() -> bool:
 def _linear_kernels() -> Callable[..., Tensor]:
     from .kernels.linear import linear
 
-    return _on_planes(linear)
+    return linear
 
 
 @functools.cache
@@ -153,11 +153,20 @@ def tune_schedules(shapes: list[tuple[int, int]], residual_bits: int, tokens: li
     yield from tune_file(shapes, residual_bits, tokens, path)
 
 
-def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
+def _linear_cuda(
+    x: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    *layout: int,
+) -> Tensor:
     # Documented: float64 computes with the reference, and so does a machine without Triton, which says so.
     if x.dtype == torch.float64 or not has_triton():
-        return _linear(x, *arguments)
-    return _linear_kernels()(x, *arguments)
+        return _linear(x, codes, residual, scales, exponents, bias, in_features, *layout)
+    return _linear_kernels()(x, PackedWeight(codes, residual, scales, exponents), bias, in_features, *layout)
 
 
 def _linear_cpu(
@@ -230,10 +239,23 @@ def _experts_gradient_by(gradient: Callable[..., Tensor]) -> Callable[..., Tenso
     return op
 
 
+def _experts_cuda(x: Tensor, experts: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor,
+                  *layout: int) -> Tensor:  # fmt: skip
+    if x.dtype != torch.float64 and has_triton():
+        from .kernels.linear import is_routed_at_once, routed
+
+        packed = PackedWeight(codes, residual, scales, exponents)
+        if is_routed_at_once(x, packed, *layout):
+            return routed(x, experts, packed, *layout)
+    return _experts_loop_cuda(x, experts, codes, residual, scales, exponents, *layout)
+
+
+_experts_loop_cuda = _experts_by(_linear_cuda)
+
 # The plain-PyTorch reference serves every device but those with kernels of their own.
 _LIBRARY.impl("experts", _experts_by(_linear), "CompositeExplicitAutograd")
 _LIBRARY.impl("experts", _experts_by(_linear_cpu), "CPU")
-_LIBRARY.impl("experts", _experts_by(_linear_cuda), "CUDA")
+_LIBRARY.impl("experts", _experts_cuda, "CUDA")
 _LIBRARY.impl("experts_input_gradient", _experts_gradient_by(_linear_input_gradient), "CompositeExplicitAutograd")
 _LIBRARY.impl("experts_input_gradient", _experts_gradient_by(_linear_input_gradient_cuda), "CUDA")
 for _name in ("linear", "linear_inference"):
@@ -342,9 +364,13 @@ _experts_input_gradient = torch.ops.turboquant_weights.experts_input_gradient.de
 
 def linear(x: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor, bias: Tensor | None,
            *layout: int) -> Tensor:  # fmt: skip
-    """The op; without its gradient, whose Python costs several microseconds per call, where none can be asked for. On a CPU,
-    where nobody watches, also without the dispatcher, which takes as long as the product of a small layer."""
-    if not torch.compiler.is_compiling() and transforms.is_active() and not transforms.run_over(codes, scales, exponents):
+    """The op; without its gradient, whose Python costs several microseconds per call, where none can be asked for, and where
+    nobody watches also without the dispatcher, which takes as long as the product of a small layer."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if torch.compiler.is_compiling():
+        op = _differentiable if differentiable else _inference
+        return op(x, codes, residual, scales, exponents, bias, *layout)
+    if transforms.is_active() and not transforms.run_over(codes, scales, exponents):
         planes = codes, residual, scales, exponents
 
         def product(x: Tensor, choice: Tensor | None) -> Tensor:
@@ -355,11 +381,14 @@ def linear(x: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, ex
 
         out = transforms.apply(product, transposed, x)
         return out if bias is None else out + bias.to(out.dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if differentiable:
         return _differentiable(x, codes, residual, scales, exponents, bias, *layout)
-    if torch.compiler.is_compiling() or not x.is_cpu or not codes.is_cpu or type(x) is not Tensor or _is_watched():
-        return _inference(x, codes, residual, scales, exponents, bias, *layout)
-    return _linear_cpu(x, codes, residual, scales, exponents, bias, *layout)
+    if type(x) is Tensor and not _is_watched():
+        if x.is_cuda and codes.is_cuda:
+            return _linear_cuda(x, codes, residual, scales, exponents, bias, *layout)
+        if x.is_cpu and codes.is_cpu:
+            return _linear_cpu(x, codes, residual, scales, exponents, bias, *layout)
+    return _inference(x, codes, residual, scales, exponents, bias, *layout)
 
 
 def experts(x: Tensor, experts: Tensor, codes: Tensor, residual: Tensor | None, scales: Tensor, exponents: Tensor,

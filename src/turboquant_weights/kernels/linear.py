@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, rotation_block
 from .decode import TILE, assembly
 from .dequantize import dequantize_kernel
-from .rotate import NATURAL, SLICES, SPLITK, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
-from .schedule import SLICE_ROWS, Schedule, Slices, choose, crossover, gpu_name
+from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
+from .rotating import rotating_kernel, routed_kernel
+from .schedule import SLICE_ROWS, Rotating, Schedule, Slices, choose, crossover, gpu_name, rotating
 from .slices import MOST_TOKENS, slices_kernel
 from .splitk import splitk_kernel
 
@@ -25,6 +27,7 @@ _ROTATE_TILES = 16
 _ROTATE_PROGRAMS = 528
 _LARGEST_CHUNK = 1 << 15
 _SCRATCH_BYTES = 1 << 30
+_IS_KNOWN_LAUNCHER = triton.__version__.startswith("3.6.")  # the arguments of its C function are Triton's own affair
 
 
 @functools.cache
@@ -51,12 +54,34 @@ def _on_device_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def guarded(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        # Not torch.cuda.current_device, which asks first whether CUDA is initialized: there is a tensor on it.
+        if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device(x.device):
                 return function(x, *args, **kwargs)
         return function(x, *args, **kwargs)
 
     return guarded
+
+
+# Allocates without the dispatcher, as the code that torch.compile generates does: 1 us instead of 5.
+_empty_strided = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x.new_empty(shape)`` on the current device; the shape has no zero."""
+    if _empty_strided is None or not x.is_cuda:
+        return x.new_empty(shape)
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size
+    return _empty_strided(tuple(shape), tuple(reversed(strides)), x.dtype)  # type: ignore[no-any-return]
+
+
+def _empty_bytes(x: Tensor, count: int) -> Tensor:
+    if _empty_strided is None or not x.is_cuda:
+        return x.new_empty(count, dtype=torch.uint8)
+    return _empty_strided((count,), (1,), torch.uint8)  # type: ignore[no-any-return]
 
 
 @_on_device_of
@@ -65,7 +90,6 @@ def linear(
     packed: PackedWeight,
     bias: Tensor | None,
     in_features: int,
-    *,
     bits: int,
     residual_bits: int,
     group_size: int,
@@ -77,36 +101,67 @@ def linear(
     into a CUDA graph.
     """
     rows, groups = packed.scales.shape
+    shape = list(x.shape)
+    shape[-1] = rows
     tokens = x.numel() // in_features
-    out = x.new_empty((*x.shape[:-1], rows))
     if tokens == 0:
-        return out
+        return x.new_empty(shape)
+    out = _empty(x, shape)
     if not x.is_contiguous():
         x = x.reshape(-1, in_features)
         x = x if x.stride(-1) == 1 else x.contiguous()
-    layout = (in_features, bits, residual_bits, group_size, seed)
     if x.dtype == torch.float32 or tokens > crossover(bits, residual_bits, groups * SCALE_BLOCK):
+        layout = (in_features, bits, residual_bits, group_size, seed)
         through_scratch(x.view(tokens, in_features), packed, bias, out.view(tokens, rows), *layout)
     else:
-        fused(x, packed, bias, out, *layout)
+        fused(x, packed, bias, out, in_features, bits, residual_bits, group_size, seed)
     return out
 
 
-class _Plan(NamedTuple):
-    """Everything about the two launches of :func:`fused` that does not depend on addresses."""
+class _Launch:
+    """A kernel, its grid and the arguments after its tensors.
 
-    sizes: tuple[int, int, int, int]  # bytes: offsets of token scales, counters, partial sums; total
-    constants: tuple[Tensor, Tensor]  # signs, Hadamard tile
+    Triton's own launch path costs tens of microseconds of Python, so a kernel that it has compiled is launched directly from
+    then on, by addresses: an integer costs the launcher less than a tensor.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], tail: tuple[Any, ...], warps: int, pdl: bool) -> None:
+        self.kernel = kernel[grid]
+        self.grid = grid
+        self.tail = tail
+        self.options = dict(num_warps=warps, num_stages=1, **({"launch_pdl": True} if pdl else {}))
+        self.run: Any = None  # once the kernel is compiled
+        self.handles: tuple[Any, ...] = ()
+
+    def first(self, tensors: tuple[Tensor, ...], aligned: bool) -> None:
+        """Through Triton. ``aligned``: what is compiled for these tensors is what :meth:`again` wants."""
+        compiled = self.kernel(*tensors, *self.tail, **self.options)
+        if not aligned or compiled is None:  # the interpreter returns none
+            return
+        # What JITFunction.run ends with: metadata and hooks of the launch, which there are none of, are None.
+        run, self.handles = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+        if _IS_KNOWN_LAUNCHER and type(run).__name__ == "CudaLauncher":
+            # And what CudaLauncher.__call__ ends with, 3 us of Python later. No kernel here needs Triton's scratch memory.
+            assert run.global_scratch_size == run.profile_scratch_size == 0
+            self.handles = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *self.handles[1:])
+            run = run.launch
+        self.run = run
+
+    def again(self, stream: int, *addresses: int) -> None:
+        """For addresses that are multiples of 16."""
+        self.run(*self.grid, stream, *self.handles, *addresses, *self.tail)
+
+
+class _Plan(NamedTuple):
+    """Everything about the launches of :func:`fused` that does not depend on addresses."""
+
+    product: _Launch
+    rotation: _Launch | None  # None: the product rotates
+    constants: tuple[Tensor, ...]  # signs and Hadamard tile, for the kernel that rotates
     levels: tuple[Tensor, ...]
-    addresses: tuple[tuple[int, int], tuple[int, ...]]  # of constants and levels
-    rotate_grid: tuple[int, int, int]
-    rotate_tail: tuple[Any, ...]
-    matmul: Any
-    grid: tuple[int, int, int]
-    tail: tuple[Any, ...]
-    warps: int
-    pdl: bool
-    compiled: list[Any]
+    constant_addresses: tuple[int, ...]
+    level_addresses: tuple[int, ...]
+    sizes: tuple[int, int, int, int] = (0, 0, 0, 0)  # bytes: offsets of token scales, counters, partial sums; total
 
 
 @functools.lru_cache(maxsize=8192)
@@ -134,6 +189,23 @@ def _plan(
     tiles = -(-groups // 4)
     block = rotation_block(in_features, group_size)
     pdl = _capability(device) >= 90
+    has_bias = bias_dtype is not None
+    sign = tile_signs(seed, tiles, device, dtype)
+    # The arguments of a launch are in the order of the kernel's parameters, constexprs included.
+    if isinstance(schedule, Rotating):
+        constants: tuple[Tensor, ...] = (sign, outer_matrix(block, device, dtype))
+        sizes = (rows, in_features, groups, *strides)
+        tail = in_features != groups * SCALE_BLOCK or groups % 4 != 0 or tiles % (2 * schedule.warps) != 0
+        constexprs = (residual_bits, decoder, has_bias, tail, SLICE_ROWS, schedule.warps, pdl)
+        grid = (-(-rows // SLICE_ROWS), 1, 1)
+        return _Plan(
+            product=_Launch(rotating_kernel, grid, (*sizes, block**-0.5, *constexprs), schedule.warps, pdl),
+            rotation=None,
+            constants=constants,
+            levels=(),
+            constant_addresses=tuple(t.data_ptr() for t in constants),
+            level_addresses=(),
+        )
     sizes = (tokens, rows, groups, tiles * TILE, *strides)
     split = schedule.split
     if isinstance(schedule, Slices):
@@ -143,7 +215,7 @@ def _plan(
         matmul, order = slices_kernel, SLICES
         levels: tuple[Tensor, ...] = ()
         arguments: tuple[Any, ...] = (
-            *(*sizes, split, residual_bits, decoder, bias_dtype is not None, tail),
+            *(*sizes, split, residual_bits, decoder, has_bias, tail),
             *(SLICE_ROWS, schedule.warps, split > 1, pdl),
         )
     else:
@@ -153,30 +225,25 @@ def _plan(
         tail = groups % 4 != 0
         matmul, order, levels = splitk_kernel, SPLITK, (level_tensor(bits, residual_bits, device),)
         arguments = (
-            *(*sizes, split, bits, residual_bits, decoder, bias_dtype is not None, tail),
+            *(*sizes, split, bits, residual_bits, decoder, has_bias, tail),
             *(tokens_per_tile, rows_per_tile, split > 1, 1 if tail else schedule.stages, pdl),
         )
-    constants = tile_signs(seed, tiles, device, dtype), tile_matrix(block, order, device, dtype)
+    constants = (sign, tile_matrix(block, order, device, dtype))
     slots = row_tiles * token_tiles if split > 1 else 0
     offsets = [0]
     for size in (2 * tokens * tiles * TILE, 4 * tokens, 4 * slots):
         offsets.append(offsets[-1] + -(-size // 256) * 256)
     total = offsets[3] + 4 * slots * split * rows_per_tile * tokens_per_tile
     chunk = min(_LARGEST_CHUNK, max(1024, triton.next_power_of_2(in_features)))
+    rotation_arguments = (x_stride, tokens, slots, in_features, tiles, block**-0.5, _ROTATE_TILES, chunk, pdl)
     return _Plan(
-        sizes=(offsets[1], offsets[2], offsets[3], total),
+        product=_Launch(matmul, grid, arguments, schedule.warps, pdl),
+        rotation=_Launch(rotate_scaled_kernel, (tokens, -(-tiles // _ROTATE_TILES), 1), rotation_arguments, 8, pdl),
         constants=constants,
         levels=levels,
-        addresses=((constants[0].data_ptr(), constants[1].data_ptr()), tuple(t.data_ptr() for t in levels)),
-        rotate_grid=(tokens, -(-tiles // _ROTATE_TILES), 1),
-        # In the order of the kernels' parameters, constexprs included.
-        rotate_tail=(tokens, slots, in_features, tiles, block**-0.5, _ROTATE_TILES, chunk, pdl),
-        matmul=matmul,
-        grid=grid,
-        tail=arguments,
-        warps=schedule.warps,
-        pdl=pdl,
-        compiled=[],
+        constant_addresses=tuple(t.data_ptr() for t in constants),
+        level_addresses=tuple(t.data_ptr() for t in levels),
+        sizes=(offsets[1], offsets[2], offsets[3], total),
     )
 
 
@@ -197,55 +264,144 @@ def fused(
     codes, residual, scales, exponents = packed
     rows, groups = scales.shape
     rest = codes if residual is None else residual
-    tokens = x.numel() // in_features
     stride = x.stride(0) if x.dim() == 2 else in_features
     at_codes, at_residual, at_scales, at_x = codes.data_ptr(), _address(residual), scales.data_ptr(), x.data_ptr()
     at_exponents, at_bias, at_out = exponents.data_ptr(), _address(bias), out.data_ptr()
     plan = _plan(
-        x.device, x.dtype, None if bias is None else bias.dtype, tokens, stride,
+        x.device, x.dtype, None if bias is None else bias.dtype, x.numel() // in_features, stride,
         rows, groups, (codes.stride(0), rest.stride(0), scales.stride(0)), in_features, bits, residual_bits, group_size,
         seed, _in_words(at_codes, at_residual, at_scales), schedule,
     )  # fmt: skip
+    product, rotation = plan.product, plan.rotation
+    aligned = (at_codes | at_residual | at_scales | at_x | at_exponents | at_bias | at_out) & 15 == 0
+    planes = codes, rest, scales, exponents, exponents if bias is None else bias
+    plane_addresses = at_codes, at_residual or at_codes, at_scales, at_exponents, at_bias or at_exponents
+    if rotation is None:
+        if aligned and product.run is not None:
+            stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+            product.again(stream, at_x, *plan.constant_addresses, *plane_addresses, at_out)
+        else:
+            product.first((x, *plan.constants, *planes, out), aligned)
+        return
     scale_at, counters_at, partial_at, total = plan.sizes
     # One allocation for all that lives between the launches: rotated tokens, their scales, counters, partial sums.
-    workspace = x.new_empty(total, dtype=torch.uint8)
-    aligned = (at_codes | at_residual | at_scales | at_x | at_exponents | at_bias | at_out) & 15 == 0
-    if plan.compiled and aligned:
+    workspace = _empty_bytes(x, total)
+    if aligned and product.run is not None and rotation.run is not None:
         base = workspace.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        rotate, matmul = plan.compiled
-        constants, levels = plan.addresses  # an integer costs the launcher less than a tensor
-        _relaunch(
-            rotate, plan.rotate_grid, stream, at_x, stride, *constants, base, base + scale_at, base + counters_at,
-            *plan.rotate_tail,
-        )  # fmt: skip
-        _relaunch(
-            matmul, plan.grid, stream, base, base + scale_at, at_codes, at_residual or at_codes, at_scales, at_exponents,
-            at_bias or at_exponents, *levels, at_out, base + partial_at, base + counters_at, *plan.tail,
-        )  # fmt: skip
+        scale, counters, partial = base + scale_at, base + counters_at, base + partial_at
+        rotation.again(stream, at_x, *plan.constant_addresses, base, scale, counters)
+        product.again(stream, base, scale, *plane_addresses, *plan.level_addresses, at_out, partial, counters)
         return
     rotated = workspace[:scale_at].view(torch.float16)
     token_scale = workspace[scale_at:counters_at].view(torch.float32)
-    counters = workspace[counters_at:partial_at].view(torch.int32)
-    partial = workspace[partial_at:].view(torch.float32)
-    options = {"launch_pdl": True} if plan.pdl else {}
-    rotate = rotate_scaled_kernel[plan.rotate_grid](
-        x, stride, *plan.constants, rotated, token_scale, counters, *plan.rotate_tail,
-        num_warps=8, **options,
-    )  # fmt: skip
-    matmul = plan.matmul[plan.grid](
-        rotated, token_scale, codes, rest, scales, exponents, exponents if bias is None else bias, *plan.levels, out,
-        partial, counters, *plan.tail, num_warps=plan.warps, num_stages=1, **options,
-    )  # fmt: skip
-    # Triton's own launch path costs tens of microseconds of Python. The kernels were compiled for aligned addresses (and
-    # for a plan's strides), so that is when they may be launched directly; the interpreter returns no kernel.
-    if rotate is not None and aligned and not plan.compiled:
-        plan.compiled.extend((rotate, matmul))
+    counter_views = workspace[counters_at:partial_at].view(torch.int32), workspace[partial_at:].view(torch.float32)
+    rotation.first((x, *plan.constants, rotated, token_scale, counter_views[0]), aligned)
+    product.first((rotated, token_scale, *planes, *plan.levels, out, counter_views[1], counter_views[0]), aligned)
 
 
-def _relaunch(kernel: Any, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-    """What ``JITFunction.run`` ends with; addresses may be integers."""
-    kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+# Weights that are decoded in the time that the loop over experts needs for one of them.
+_WEIGHTS_PER_EXPERT = 110_000_000
+_LARGEST_GRID = 65535  # in the second dimension
+
+
+def is_routed_at_once(
+    x: Tensor, packed: PackedWeight, in_features: int, bits: int, residual_bits: int, group_size: int, seed: int
+) -> bool:
+    """Whether :func:`routed` is to multiply ``x`` [s, in_features] with experts out of a stack, instead of a loop over them.
+
+    It decodes a matrix for each row, a loop once for each expert, but that takes the host 35 us (H100) and a look at the
+    number of rows per expert, which a CUDA graph that is being captured cannot have.
+    """
+    codes, residual, _, _ = packed
+    able = (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and _capability(x.device) >= 80
+        and assembly(bits, residual_bits) != ""
+        and codes.stride(0) % 16 == 0
+        and (residual is None or residual.stride(0) % (4 * residual_bits) == 0)
+        and _in_words(codes.data_ptr(), _address(residual), 0)
+    )
+    if not able:
+        return False
+    rows, count = len(x), codes.shape[0]
+    if rows > _LARGEST_GRID:
+        return False
+    few = rows * codes.shape[1] * in_features <= min(rows, count) * _WEIGHTS_PER_EXPERT
+    return few or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@functools.lru_cache(maxsize=1024)
+def _routed_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+    tokens: int,
+    x_stride: int,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    apart: tuple[int, int, int, int],
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> _Plan:
+    count, rows, groups = shape
+    tiles = -(-groups // 4)
+    block = rotation_block(in_features, group_size)
+    pdl = _capability(device) >= 90
+    warps = rotating(rows * tokens, groups * SCALE_BLOCK, residual_bits).warps
+    tail = in_features != groups * SCALE_BLOCK or tiles % (2 * warps) != 0 or groups % 4 != 0
+    arguments = (
+        *(count, x_stride, rows, in_features, groups, *strides, block**-0.5, *apart),
+        *(residual_bits, assembly(bits, residual_bits), tail, SLICE_ROWS, warps, pdl),
+    )
+    constants = tile_signs(seed, tiles, device, dtype), outer_matrix(block, device, dtype)
+    return _Plan(
+        product=_Launch(routed_kernel, (-(-rows // SLICE_ROWS), tokens, 1), arguments, warps, pdl),
+        rotation=None,
+        constants=constants,
+        levels=(),
+        constant_addresses=tuple(t.data_ptr() for t in constants),
+        level_addresses=(),
+    )
+
+
+@_on_device_of
+def routed(
+    x: Tensor,
+    experts: Tensor,
+    packed: PackedWeight,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    """``y[i] = x[i] W[experts[i]]^T``, one launch for ``x`` [s, in_features] and a stack of planes, in any dtype and shape
+    that :func:`is_routed_at_once` accepts; zeros for experts beyond the stack."""
+    codes, residual, scales, exponents = packed
+    rest = codes if residual is None else residual
+    out = x.new_empty((len(x), codes.shape[1]))
+    if not len(x):
+        return out
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    experts = experts.contiguous()
+    plan = _routed_plan(
+        x.device, x.dtype, experts.dtype, len(x), x.stride(0),
+        tuple(scales.shape), (codes.stride(1), rest.stride(1), scales.stride(1)),
+        (codes.stride(0), rest.stride(0), scales.stride(0), exponents.stride(0)),
+        in_features, bits, residual_bits, group_size, seed,
+    )  # fmt: skip
+    tensors = (x, experts, *plan.constants, codes, rest, scales, exponents, out)
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    aligned = functools.reduce(operator.or_, addresses) & 15 == 0
+    if aligned and plan.product.run is not None:
+        plan.product.again(torch._C._cuda_getCurrentRawStream(x.get_device()), *addresses)
+    else:
+        plan.product.first(tensors, aligned)
+    return out
 
 
 def dequantize_rotated(packed: PackedWeight, bits: int, residual_bits: int, dtype: torch.dtype) -> Tensor:
@@ -327,7 +483,6 @@ def linear_input_gradient(
     grad: Tensor,
     packed: PackedWeight,
     in_features: int,
-    *,
     bits: int,
     residual_bits: int,
     group_size: int,

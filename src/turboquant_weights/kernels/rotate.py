@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..rotation import hadamard, signs
 from .decode import TILE, physical_column, power_of_two, slice_column
+from .nvidia import launch_dependents, wait_for_producer
 
 # Orders of the columns within a tile of 128: as stored, and as the two matmuls want them.
 NATURAL, SPLITK, SLICES = range(3)
@@ -34,29 +35,29 @@ def tile_matrix(block: int, order: int, device: torch.device, dtype: torch.dtype
     return matrix.to(device=device, dtype=dtype).contiguous()
 
 
+@functools.lru_cache(maxsize=32)
+def outer_matrix(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256]: the 16 x 16 factor of the Hadamard matrix that mixes the bits 0, 1, 5 and 6 of a column, for ``rotating.py``.
+
+    In the order of a tensor-core fragment: thread ``g * 4 + t`` holds the rows ``32 * t + (0, 1, 2, 3)`` of the columns
+    ``32 * (g // 2) + 2 * (g % 2)`` and the next.
+    """
+    matrix = tile_matrix(block, NATURAL, torch.device("cpu"), torch.float32)
+    thread, item = torch.arange(32)[:, None], torch.arange(8)
+    row = 32 * (thread % 4) + item % 4
+    column = 32 * (thread // 8) + 2 * (thread // 4 % 2) + item // 4
+    return matrix[row, column].flatten().to(device=device, dtype=dtype)
+
+
 @functools.lru_cache(maxsize=256)
 def tile_signs(seed: int, tiles: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Signs of ``tiles * 128`` columns."""
     return signs(seed, tiles * TILE, device, dtype).contiguous()
 
 
-@triton.jit
-def launch_dependents():
-    """Programmatic dependent launch (sm_90): lets the next kernel of the stream start its preamble."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def wait_for_producer():
-    """Its counterpart: waits until the kernels before this one have ended and their writes are visible."""
-    tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit(do_not_specialize=["tokens", "counters_size"])
 def rotate_scaled_kernel(
-    x, x_stride, sign, matrix, out, token_scale, counters, tokens, counters_size, columns, tiles, norm,
+    x, sign, matrix, out, token_scale, counters, x_stride, tokens, counters_size, columns, tiles, norm,
     TILES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, part): rotates ``TILES`` tiles of a token into half precision, scaled by a power of two.

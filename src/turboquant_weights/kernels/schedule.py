@@ -19,6 +19,12 @@ from ..errors import ScheduleError
 from .slices import MOST_TOKENS
 
 
+class Rotating(NamedTuple):
+    """``rotating.py``: one token, 16 rows per program, ``warps`` slices of the columns; one launch, rotation included."""
+
+    warps: int
+
+
 class Slices(NamedTuple):
     """``slices.py``: 16 rows x 8 tokens per program, ``warps * split`` slices of the columns."""
 
@@ -37,11 +43,15 @@ class SplitK(NamedTuple):
     warps: int
 
 
-Schedule = Slices | SplitK
+Schedule = Rotating | Slices | SplitK
+_KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 5: SplitK}  # by their number of fields
 
 SLICE_ROWS = 16
-# Warps of `slices.py` that an H100 wants, at least and at most, and the activations beyond which it is no use; programs of
-# `splitk.py` that it wants, by block_m.
+# What an H100 wants: programs of `rotating.py`, at most, by warps (without and with a residual), and the columns up to which
+# it is of use with one; warps of `slices.py`, at least and at most, and the activations beyond which it is of no use;
+# programs of `splitk.py`, by block_m.
+_ROTATING_PROGRAMS = ({8: 264, 4: 660}, {8: 132, 4: 660})
+_ROTATING_COLUMNS = 8192
 _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
@@ -49,11 +59,11 @@ _LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Token counts at which the table has entries; a batch takes the next larger one.
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
-# GPU -> (rows, columns, residual bits) -> tokens -> Slices or SplitK.
+# GPU -> (rows, columns, residual bits) -> tokens -> the schedule with as many fields.
 _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
     "NVIDIA H100 80GB HBM3": {
         (4096, 4096, 0): {
-            1: (8, 1),
+            1: (8,),
             8: (16, 64, 8, 1, 4),
             16: (16, 128, 8, 1, 8),
             32: (32, 128, 8, 1, 8),
@@ -62,7 +72,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 64, 2, 3, 4),
         },
         (4096, 4096, 4): {
-            1: (8, 1),
+            1: (8,),
             8: (8, 1),
             16: (16, 64, 8, 1, 4),
             32: (32, 64, 8, 1, 4),
@@ -71,7 +81,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 64, 2, 3, 4),
         },
         (18944, 3584, 0): {
-            1: (2, 1),
+            1: (2,),
             8: (4, 1),
             16: (16, 64, 4, 1, 4),
             32: (32, 64, 4, 1, 4),
@@ -80,7 +90,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 64, 1, 2, 4),
         },
         (18944, 3584, 4): {
-            1: (4, 1),
+            1: (2,),
             8: (4, 1),
             16: (16, 64, 3, 1, 4),
             32: (32, 64, 3, 1, 4),
@@ -89,7 +99,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 64, 1, 2, 4),
         },
         (3584, 18944, 0): {
-            1: (16, 64, 12, 1, 4),
+            1: (8,),
             8: (16, 64, 12, 1, 4),
             16: (16, 64, 12, 1, 4),
             32: (32, 64, 12, 1, 4),
@@ -126,8 +136,8 @@ def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int
         for entry in json.loads(path.read_text(encoding="utf-8")):
             shape = (int(entry["rows"]), int(entry["columns"]), int(entry["residual_bits"]))
             schedule = tuple(int(value) for value in entry["schedule"])
-            if int(entry["tokens"]) not in TOKENS or len(schedule) not in (2, 5) or min(schedule) < 1:
-                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 2 or 5 positive integers")
+            if int(entry["tokens"]) not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
+                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1, 2 or 5 positive integers")
             table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
@@ -158,11 +168,21 @@ def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | 
         for table in (_own_table(), _TABLE):
             entry = table.get(gpu, {}).get(shape, {}).get(at)
             if entry is not None:
-                return Slices(*entry) if len(entry) == 2 else SplitK(*entry)
+                return _KINDS[len(entry)](*entry)
+        # Rotating takes registers, which a residual needs, too: over long rows two launches are faster then.
+        if tokens == 1 and (not residual_bits or columns <= _ROTATING_COLUMNS):
+            return rotating(rows, columns, residual_bits)
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
         if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
             return _slices(rows, columns)
     return _splitk(tokens, rows, columns)
+
+
+def rotating(rows: int, columns: int, residual_bits: int) -> Rotating:
+    """As many warps per program as let all programs run at once, each with two tiles at least; for more programs, two."""
+    row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
+    fitting = (w for w, most in _ROTATING_PROGRAMS[residual_bits > 0].items() if row_tiles <= most and 2 * w <= tiles)
+    return Rotating(next(fitting, min(2, tiles)))
 
 
 def _slices(rows: int, columns: int) -> Slices:

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 
 from .decode import decode_words, scale_pairs, tables
+from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
-from .rotate import launch_dependents, wait_for_producer
 
 MOST_TOKENS = 8
 
 
 @triton.jit
-def _fetch(
+def fetch(
     code_address, rest_address, scale_address, group, limit, step,
     THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, WORDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -119,10 +119,13 @@ def slices_kernel(
     x_column = (first + half // 256) * 128 + half % 32
     x_address = x + (x_row + x_column)[None, :] + tl.arange(0, 4)[:, None] * 32
 
-    even = _fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+    prefetch(exponents + tile_n * ROWS)
+    if HAS_BIAS:
+        prefetch(bias + tile_n * ROWS)
+    even = fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, RESIDUAL_BITS, WORDS, TAIL)
     odd = even
     if turns > 1:
-        odd = _fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+        odd = fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, RESIDUAL_BITS, WORDS, TAIL)
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
     values = _fetch_tokens(x_address, x_group, limit, 0, THREADS, TAIL)
@@ -132,14 +135,14 @@ def slices_kernel(
         if turn + 1 < turns:
             values = _fetch_tokens(x_address, x_group, limit, turn + 1, THREADS, TAIL)
             if turn + 2 < turns:
-                even = _fetch(
+                even = fetch(
                     code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, RESIDUAL_BITS, WORDS, TAIL
                 )
             acc = _multiply(acc, odd, values, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
             if turn + 2 < turns:
                 values = _fetch_tokens(x_address, x_group, limit, turn + 2, THREADS, TAIL)
             if turn + 3 < turns:
-                odd = _fetch(
+                odd = fetch(
                     code_address, rest_address, scale_address, group, limit, turn + 3, THREADS, RESIDUAL_BITS, WORDS, TAIL
                 )
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .decode import decode_gather, decode_words, scale_pairs, tables
+from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
-from .rotate import launch_dependents, wait_for_producer
 
 
 @triton.jit
@@ -92,6 +92,9 @@ def splitk_kernel(
         rest_row = tl.minimum(half_row[:, None] + (rest // (4 * WORDS))[None, :], rows - 1).to(tl.int64)
         code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4)
         rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // (4 * WORDS) * WORDS)
+        prefetch(exponents + tile_n * BLOCK_N)
+        if HAS_BIAS:
+            prefetch(bias + tile_n * BLOCK_N)
         if STAGES == 1:
             # The next tile of codes is on its way to registers while this one is decoded, and the first while the rotation
             # still runs.

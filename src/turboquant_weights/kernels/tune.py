@@ -15,7 +15,7 @@ from ..errors import ScheduleError
 from ..reference import PackedWeight
 from .decode import FAST
 from .linear import fused
-from .schedule import SLICE_ROWS, TOKENS, Schedule, Slices, SplitK, choose, gpu_name, read
+from .schedule import SLICE_ROWS, TOKENS, Rotating, Schedule, Slices, SplitK, choose, gpu_name, read
 from .slices import MOST_TOKENS
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -82,6 +82,8 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
     """Every schedule worth timing: enough programs for an H100, not more than a few waves."""
     tiles = -(-columns // 128)
     out: list[Schedule] = []
+    if tokens == 1:
+        out += [Rotating(warps) for warps in (1, 2, 4, 8) if warps == 1 or 2 * warps <= tiles]
     if tokens <= MOST_TOKENS:
         for warps in (2, 4, 8):
             for split in _SPLITS:
