@@ -317,8 +317,8 @@ def quantize_weight(
 
 
 def _chunk(weight: Tensor) -> int:
-    """Elements handled at a time. A GPU takes 2.8 ms of launches for a chunk of any size, so chunks grow with the matrix: the
-    working space is about as large as the matrix itself in bf16, within bounds."""
+    """Elements handled at a time. A GPU takes 2.8 ms of launches for a chunk of any size, so chunks grow with the matrix:
+    the working space is about as large as the matrix itself in bf16, within bounds."""
     if weight.device.type == "cpu":
         return _CPU_CHUNK
     least, most = _GPU_CHUNK
