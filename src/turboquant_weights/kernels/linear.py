@@ -64,7 +64,9 @@ def _on_device_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 # Allocates without the dispatcher, as the code that torch.compile generates does: 1 us instead of 5.
-_empty_strided = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+_empty_strided: Callable[..., Tensor] | None = getattr(
+    getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None
+)
 
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -75,13 +77,13 @@ def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
     for size in reversed(shape):
         strides.append(stride)
         stride *= size
-    return _empty_strided(tuple(shape), tuple(reversed(strides)), x.dtype)  # type: ignore[no-any-return]
+    return _empty_strided(tuple(shape), tuple(reversed(strides)), x.dtype)
 
 
 def _empty_bytes(x: Tensor, count: int) -> Tensor:
     if _empty_strided is None or not x.is_cuda:
         return x.new_empty(count, dtype=torch.uint8)
-    return _empty_strided((count,), (1,), torch.uint8)  # type: ignore[no-any-return]
+    return _empty_strided((count,), (1,), torch.uint8)
 
 
 @_on_device_of
@@ -194,7 +196,7 @@ def _plan(
     # The arguments of a launch are in the order of the kernel's parameters, constexprs included.
     if isinstance(schedule, Rotating):
         constants: tuple[Tensor, ...] = (sign, outer_matrix(block, device, dtype))
-        sizes = (rows, in_features, groups, *strides)
+        sizes: tuple[int, ...] = (rows, in_features, groups, *strides)
         tail = in_features != groups * SCALE_BLOCK or groups % 4 != 0 or tiles % (2 * schedule.warps) != 0
         constexprs = (residual_bits, decoder, has_bias, tail, SLICE_ROWS, schedule.warps, pdl)
         grid = (-(-rows // SLICE_ROWS), 1, 1)
