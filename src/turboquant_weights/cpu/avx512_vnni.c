@@ -406,6 +406,13 @@ static void integer(const tq_layer *layer, const tq_activations *act, int64_t ro
     kernels[kind_of(layer->book, act)](layer, act, row, rows, token, count, out);
 }
 
+/* q = 128 a + b, -64 <= b < 64. */
+INLINE void bytes_of(int16_t q, int8_t *a, int8_t *b)
+{
+    *a = (int8_t)((q + 64) >> 7);
+    *b = (int8_t)((q & 127) - ((q & 64) << 1));
+}
+
 static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
 {
     const int64_t columns = act->blocks * BLOCK;
@@ -424,12 +431,10 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     for (int64_t i = 0; i < columns; i += 128, words += 128) {
         if (kind == FOURS) {
             int8_t *bytes = (int8_t *)words;
-            for (int half = 0; half < 2; half++)
-                for (int j = 0; j < 64; j++) {
-                    const int value = q[i + 2 * j + half], high = (value + 64) >> 7;
-                    bytes[half * 64 + j] = (int8_t)high;
-                    bytes[half * 64 + j + 128] = (int8_t)(value - 128 * high);
-                }
+            for (int j = 0; j < 64; j++) {
+                bytes_of(q[i + 2 * j], bytes + j, bytes + j + 128);
+                bytes_of(q[i + 2 * j + 1], bytes + j + 64, bytes + j + 192);
+            }
         } else {
             for (int part = 0; part < 4; part++)
                 for (int j = 0; j < 32; j++) words[part * 32 + j] = q[i + 4 * j + part];

@@ -71,16 +71,18 @@ class Bound:
 
 
 def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> Bound | None:
-    """Checks the tensors of a layer. None: there is no engine, or a plane has gaps.
+    """Checks the tensors of a layer. None: there is no engine, or a tensor is not for it as it is.
 
     What is left for each call is written for speed: a small layer takes ten microseconds, and Python easily as many.
     """
     engine = chosen()
     planes = tuple(parameters[name] for name in PackedWeight._fields)
     bias = parameters["bias"]
-    if engine is None or not all(tensor is None or tensor.is_contiguous() for tensor in (*planes, bias)):
+    if engine is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in (*planes, bias)):
         return None
-    layer, address, _, _ = _checked(PackedWeight(*planes), bias, in_features, *layout)  # type: ignore[arg-type]
+    if bias is not None and bias.dtype not in TYPES:
+        return None
+    layer, address, _, _ = _checked(PackedWeight(*planes), bias, in_features, *layout)
     c = library()
     assert c is not None
     calls = {}
@@ -89,31 +91,38 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
         calls[dtype] = Call(address, in_features * dtype.itemsize, engine.number, mode, number)
     addresses = {dtype: ctypes.addressof(call) for dtype, call in calls.items()}
     known = {name: (t.data_ptr(), t.nbytes) for name, t in parameters.items() if t is not None}
-    codes_at, scales_at, exponents_at = (known[name] for name in ("codes", "scales", "exponents"))
-    residual_at, bias_at = known.get("residual"), known.get("bias")
+    codes_at, codes_bytes = known["codes"]
+    scales_at, scales_bytes = known["scales"]
+    exponents_at, exponents_bytes = known["exponents"]
+    optional = [(name, known[name]) for name in ("residual", "bias") if name in known]
+    absent = [name for name in ("residual", "bias") if name not in known]
     run, rows, empty, threads = c.tq_linear, layer.rows, torch.empty, torch.get_num_threads
     few = min(_TILED_TOKENS, _TILED_NESTED_TOKENS, _BLAS_TOKENS)
 
     def product(x: Tensor, parameters: Parameters) -> Tensor | None:
         codes, scales, exponents = parameters["codes"], parameters["scales"], parameters["exponents"]
-        residual, bias, shape, dtype = parameters["residual"], parameters["bias"], x.shape, x.dtype
+        shape, dtype = x.shape, x.dtype
+        # Of a tensor that is where it was, as large and without gaps, every byte may be read.
         if (
-            not shape
-            or shape[-1] != in_features
-            or dtype not in addresses
-            or (codes.data_ptr(), codes.nbytes) != codes_at or not codes.is_contiguous()
-            or (scales.data_ptr(), scales.nbytes) != scales_at or not scales.is_contiguous()
-            or (exponents.data_ptr(), exponents.nbytes) != exponents_at or not exponents.is_contiguous()
-            or (None if residual is None else (residual.data_ptr(), residual.nbytes)) != residual_at
-            or (None if bias is None else (bias.data_ptr(), bias.nbytes)) != bias_at
-            or not (residual is None or residual.is_contiguous())
-            or not (bias is None or bias.is_contiguous())
+            not shape or shape[-1] != in_features or dtype not in addresses
+            or codes.data_ptr() != codes_at or codes.nbytes != codes_bytes or not codes.is_contiguous()
+            or scales.data_ptr() != scales_at or scales.nbytes != scales_bytes or not scales.is_contiguous()
+            or exponents.data_ptr() != exponents_at or exponents.nbytes != exponents_bytes or not exponents.is_contiguous()
         ):  # fmt: skip
             return None
+        for name, at in optional:
+            tensor = parameters[name]
+            if tensor is None or (tensor.data_ptr(), tensor.nbytes) != at or not tensor.is_contiguous():
+                return None
+        for missing in absent:
+            if parameters[missing] is not None:
+                return None
         tokens = x.numel() // in_features
         if not 0 < tokens < few or not x.is_contiguous():
-            return multiply(x, PackedWeight(codes, residual, scales, exponents), bias, in_features, layout, engine, None)
-        out = empty(*shape[:-1], rows, dtype=dtype)
+            packed = PackedWeight(codes, parameters["residual"], scales, exponents)
+            return multiply(x, packed, parameters["bias"], in_features, layout, engine, None)
+        # Three dimensions are what models have; a slice of the shape costs half a microsecond.
+        out = empty(shape[0], shape[1], rows, dtype=dtype) if len(shape) == 3 else empty(*shape[:-1], rows, dtype=dtype)
         if run(addresses[dtype], x.data_ptr(), out.data_ptr(), tokens, threads()):
             raise MemoryError("no memory for the rotated activations")
         return out
