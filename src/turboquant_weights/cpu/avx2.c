@@ -22,7 +22,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 enum { LIMIT = 16383 }; /* a lane adds 8 products: of levels below 2^8 with this, or of nested ones, 2^15, with half of it */
-enum { ROWS_AT_ONCE = 4 };
 enum { AHEAD = 8192 }; /* bytes that a plane is prefetched ahead */
 
 static int available(void)
@@ -217,76 +216,55 @@ INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, const de
     }
 }
 
-/* Adds chunk `at` of R rows times T tokens to the sums. */
-INLINE void integer_chunk(const tq_layer *layer, int64_t row, int64_t block, const int16_t *x, int64_t x_stride,
-                          const decoding *how, __m256 scale[][TOKENS], int at, const int kind, const int full, const int R,
-                          const int T, __m256 sum[][TOKENS])
+/* Adds chunk `at` of one row times T tokens to the sums. */
+INLINE void integer_chunk(const uint8_t *codes, const uint8_t *residual, const int16_t *x, int64_t x_stride, const decoding *how,
+                          const __m256 *scale, int at, const int kind, const int full, const int T, __m256 *sum)
 {
     const int whole = kind == BASE || kind == NESTED; /* a vector belongs to one block; otherwise its halves to either */
-    const int residual_width = kind == FOURS_FOURS ? 4 : kind == FOURS_TWOS ? 2 : how->residual.width;
-    const int codes_width = whole ? how->codes.width : 4;
     const __m256i lanes = _mm256_add_epi32(_mm256_set1_epi32(CHUNK * at), whole ? _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1)
                                                                                 : _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    __m256i w[4];
+    decode_chunk(codes, residual, how, kind, full, w);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        const uint8_t *codes = layer->codes + (row + r) * layer->codes_stride + 4 * codes_width * (block + CHUNK * at);
-        const uint8_t *residual = NULL;
-        if (kind != FOURS && kind != BASE)
-            residual = layer->residual + (row + r) * layer->residual_stride + 4 * residual_width * (block + CHUNK * at);
-        __m256i w[4];
-        decode_chunk(codes, residual, how, kind, full, w);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) {
-            const __m256i *columns = (const __m256i *)(x + t * x_stride + (block + CHUNK * at) * BLOCK);
-            const __m256i first = _mm256_add_epi32(_mm256_madd_epi16(w[0], columns[0]), _mm256_madd_epi16(w[1], columns[1]));
-            const __m256i second = _mm256_add_epi32(_mm256_madd_epi16(w[2], columns[2]), _mm256_madd_epi16(w[3], columns[3]));
-            const __m256i dot = whole ? _mm256_hadd_epi32(first, second) : _mm256_add_epi32(first, second);
-            sum[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_permutevar8x32_ps(scale[r][t], lanes), sum[r][t]);
-        }
+    for (int t = 0; t < T; t++) {
+        const __m256i *columns = (const __m256i *)(x + t * x_stride);
+        const __m256i first = _mm256_add_epi32(_mm256_madd_epi16(w[0], columns[0]), _mm256_madd_epi16(w[1], columns[1]));
+        const __m256i second = _mm256_add_epi32(_mm256_madd_epi16(w[2], columns[2]), _mm256_madd_epi16(w[3], columns[3]));
+        const __m256i dot = whole ? _mm256_hadd_epi32(first, second) : _mm256_add_epi32(first, second);
+        sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_permutevar8x32_ps(scale[t], lanes), sum[t]);
     }
 }
 
-/* R rows times T tokens. */
-INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                         const int kind, const int R, const int T)
+/* One row times T tokens. */
+INLINE void integer_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                        const int kind, const int T)
 {
     const decoding how = decoding_of(layer->book);
+    const uint8_t *scales = layer->scales + row * layer->scales_stride, *codes = layer->codes + row * layer->codes_stride;
+    const uint8_t *residual = layer->book->residual_bits ? layer->residual + row * layer->residual_stride : codes;
+    const int64_t codes_step = 4 * CHUNK * layer->book->bits, residual_step = 4 * CHUNK * layer->book->residual_bits;
     const int64_t x_stride = act->blocks * BLOCK;
     const int16_t *x = (const int16_t *)act->values + token * x_stride;
-    __m256 sum[ROWS_AT_ONCE][TOKENS];
+    __m256 sum[TOKENS];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) sum[r][t] = _mm256_setzero_ps();
+    for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
     for (int64_t block = 0; block < layer->blocks; block += 8) {
         const int64_t left = layer->blocks - block;
-        __m256 scale[ROWS_AT_ONCE][TOKENS];
+        const __m256 own = scales8(scales + block, left);
+        __m256 scale[TOKENS];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const __m256 own = scales8(layer->scales + (row + r) * layer->scales_stride + block, left);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int64_t at = (token + t) * act->blocks + block;
-                scale[r][t] = _mm256_mul_ps(own, _mm256_load_ps(act->scale + at));
-                if (kind == FOURS || kind == BASE)
-                    sum[r][t] = _mm256_fnmadd_ps(own, _mm256_load_ps(act->correction + at), sum[r][t]);
-            }
+        for (int t = 0; t < T; t++) {
+            const int64_t at = (token + t) * act->blocks + block;
+            scale[t] = _mm256_mul_ps(own, _mm256_load_ps(act->scale + at));
+            if (kind == FOURS || kind == BASE) sum[t] = _mm256_fnmadd_ps(own, _mm256_load_ps(act->correction + at), sum[t]);
         }
-        if (left >= 8)
-#pragma GCC unroll 4
-            for (int i = 0; i < 8 / CHUNK; i++)
-                integer_chunk(layer, row, block, x, x_stride, &how, scale, i, kind, 1, R, T, sum);
-        else {
-            for (int i = 0; i < left / CHUNK; i++)
-                integer_chunk(layer, row, block, x, x_stride, &how, scale, i, kind, 1, R, T, sum);
-            if (left % CHUNK)
-                integer_chunk(layer, row, block, x, x_stride, &how, scale, (int)left / CHUNK, kind, 0, R, T, sum);
-        }
+        const int chunks = left >= 8 ? 8 / CHUNK : (int)left / CHUNK;
+        for (int i = 0; i < chunks; i++, codes += codes_step, residual += residual_step, x += CHUNK * BLOCK)
+            integer_chunk(codes, residual, x, x_stride, &how, scale, i, kind, 1, T, sum);
+        if (left < 8 && left % CHUNK) integer_chunk(codes, residual, x, x_stride, &how, scale, chunks, kind, 0, T, sum);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) out[r * TOKENS + t] = sum_of(sum[r][t]);
+    for (int t = 0; t < T; t++) out[t] = sum_of(sum[t]);
 }
 
 /* -- float32 --------------------------------------------------------------------------------------------------------------- */
@@ -358,34 +336,27 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
 
 /* -- entry points ---------------------------------------------------------------------------------------------------------- */
 
-/* Instantiates a kernel: four rows or one of one token, one row of two and four. */
+/* Instantiates a kernel for 1, 2 and 4 tokens. */
 #define KERNEL(name, call)                                                                                                   \
     static void name(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,             \
                      int64_t count, float *out)                                                                              \
     {                                                                                                                        \
-        for (int64_t end = row + rows; row < end;) {                                                                         \
-            const int64_t many = count == 1 && end - row >= ROWS_AT_ONCE ? ROWS_AT_ONCE : 1;                                 \
+        for (int64_t end = row + rows; row < end; row++, out += TOKENS)                                                      \
             for (int64_t t = 0; t < count;) {                                                                                \
-                const int64_t left = count - t, from = token + t;                                                            \
-                float *to = out + t;                                                                                         \
-                if (many == ROWS_AT_ONCE) call(ROWS_AT_ONCE, 1);                                                             \
-                else if (left >= 4) call(1, 4);                                                                              \
-                else if (left >= 2) call(1, 2);                                                                              \
-                else call(1, 1);                                                                                             \
+                const int64_t left = count - t;                                                                              \
+                if (left >= 4) call(4);                                                                                      \
+                else if (left >= 2) call(2);                                                                                 \
+                else call(1);                                                                                                \
                 t += left >= 4 ? 4 : left >= 2 ? 2 : 1;                                                                      \
             }                                                                                                                \
-            row += many;                                                                                                     \
-            out += many * TOKENS;                                                                                            \
-        }                                                                                                                    \
     }
 
-#define CALL_FOURS(R, T) integer_rows(layer, act, row, from, to, FOURS, R, T)
-#define CALL_BASE(R, T) integer_rows(layer, act, row, from, to, BASE, R, T)
-#define CALL_FOURS_TWOS(R, T) integer_rows(layer, act, row, from, to, FOURS_TWOS, R, T)
-#define CALL_FOURS_FOURS(R, T) integer_rows(layer, act, row, from, to, FOURS_FOURS, R, T)
-#define CALL_NESTED(R, T) integer_rows(layer, act, row, from, to, NESTED, R, T)
-#define CALL_EXACT(R, T) \
-    for (int r = 0; r < R; r++) exact32(layer, act, row + r, from, to + r * TOKENS, T)
+#define CALL_FOURS(T) integer_row(layer, act, row, token + t, out + t, FOURS, T)
+#define CALL_BASE(T) integer_row(layer, act, row, token + t, out + t, BASE, T)
+#define CALL_FOURS_TWOS(T) integer_row(layer, act, row, token + t, out + t, FOURS_TWOS, T)
+#define CALL_FOURS_FOURS(T) integer_row(layer, act, row, token + t, out + t, FOURS_FOURS, T)
+#define CALL_NESTED(T) integer_row(layer, act, row, token + t, out + t, NESTED, T)
+#define CALL_EXACT(T) exact32(layer, act, row, token + t, out + t, T)
 
 KERNEL(kernel_fours, CALL_FOURS)
 KERNEL(kernel_base, CALL_BASE)
@@ -425,7 +396,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     if (!reorder) return;
     static const uint8_t first[4] = {0, 2, 1, 3};
     for (int64_t i = 0; i < columns; i += 64)
-        for (int part = 0; part < 4; part++, out += 16) { /* apart, for the compiler to make vectors of */
+        for (int part = 0; part < 4; part++, out += 16) { /* loops that become vectors */
             if (kind == FOURS)
                 for (int j = 0; j < 16; j++) out[j] = q[i + 4 * j + first[part]];
             else

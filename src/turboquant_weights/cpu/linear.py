@@ -27,7 +27,7 @@ _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
 _TILED_TOKENS = 24
 _TILED_NESTED_TOKENS = 16
 _BLAS_TOKENS = 32
-_TILE_BYTES = 1 << 20
+_TILE_BYTES = 4 << 20
 
 Parameters = Mapping[str, Any]  # by the names of a layer's attributes, "bias" included; absent ones are None
 
