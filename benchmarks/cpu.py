@@ -135,7 +135,8 @@ def machine() -> dict:
 
 
 def table(report: dict) -> str:
-    names = ["torch fp32", "aten int4", "4 avx512", "4 avx2", "4+4 avx512", "4+4 avx2", "4 avx512 fp32", "4+4 avx512 fp32"]
+    others = dict.fromkeys(name for cell in report["cells"] for name in cell["ms"])
+    names = sorted((name for name in others if name not in ("torch bf16", "read")), key=lambda name: (name[0] == "4", name))
     lines = [
         f"{report['cpu']}, torch {report['torch']}, {report['date']}; `{report['command']}`.",
         'Speed over torch bf16 (milliseconds in brackets), weights cold, rotation included, medians; "read" is the time of',
@@ -171,12 +172,19 @@ def decode(models: dict[str, torch.nn.Module], ids: Tensor, tokens: int) -> list
     for name, step in steps.items():
         ms = statistics.median(times[name])
         row = dict(model=name, threads=torch.get_num_threads(), tokens_per_s=round(1e3 / ms, 2), ms=round(ms, 3))
-        rows.append({**row, **(profile(step) if name != "bf16" else {})})
+        rows.append({**row, **(profile(models[name], step) if name != "bf16" else {})})
         print(rows[-1], flush=True)
     return rows
 
 
-def profile(step: Callable[[], object], count: int = 20) -> dict[str, float]:
+def unbind(model: torch.nn.Module) -> None:
+    """Lets quantized layers look the engine's functions up again."""
+    for module in model.modules():
+        if isinstance(module, TurboQuantLinear):
+            module._bound = None
+
+
+def profile(model: torch.nn.Module, step: Callable[[], object], count: int = 20) -> dict[str, float]:
     """Milliseconds per token: in the engine, in quantized layers around it, and outside of them; medians."""
     c = library.library()
     engine, forward, spent = c.tq_linear, TurboQuantLinear.__call__, {"engine": 0.0, "layers": 0.0}
@@ -193,6 +201,8 @@ def profile(step: Callable[[], object], count: int = 20) -> dict[str, float]:
 
     rows = []
     c.tq_linear, TurboQuantLinear.__call__ = timed("engine", engine), timed("layers", forward)  # type: ignore[method-assign]
+    unbind(model)
+    step()
     try:
         for _ in range(count):
             spent.update(engine=0.0, layers=0.0)
@@ -202,6 +212,7 @@ def profile(step: Callable[[], object], count: int = 20) -> dict[str, float]:
     finally:
         c.tq_linear = engine
         del TurboQuantLinear.__call__
+        unbind(model)
     parts = [round(statistics.median(column) * 1e3, 3) for column in zip(*rows, strict=True)]
     return dict(zip(("engine_ms", "around_engine_ms", "elsewhere_ms"), parts, strict=True))
 

@@ -16,7 +16,7 @@ int tq_engine_has_tiled(int);
 int tq_engine_has_integer(int);
 int tq_engine_step(int);
 void tq_codebook_init(tq_codebook *, const float *, const float *, int, int);
-int tq_linear(int, const tq_layer *, int, const void *, int64_t, void *, int, int64_t, int);
+int tq_linear(const tq_call *, const void *, void *, int64_t, int);
 int tq_rotate(int, const tq_layer *, const void *, int64_t, int, int64_t, float *, float *, int);
 void tq_decode_rows(int, const tq_layer *, int64_t, int64_t, float *, int);
 
@@ -154,7 +154,8 @@ static void round_of_fuzzing(void)
         for (int mode = 0; mode < 3; mode++) {
             if (mode == 2 && (type != BFLOAT16 || !tq_engine_has_tiled(engine))) continue;
             if (mode == 0 && type == FLOAT32) continue; /* integers are for half precision */
-            if (tq_linear(engine, &layer, mode, x, stride, y, type, m, 1)) abort();
+            const tq_call call = {&layer, stride, engine, mode, type};
+            if (tq_linear(&call, x, y, m, 1)) abort();
             for (int64_t i = 0; i < m * n; i++) {
                 uint16_t half;
                 float value;

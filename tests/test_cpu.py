@@ -1,10 +1,13 @@
 """The CPU engine against the float64 oracle: at most twice the error of the eager computation in the same precision."""
 
+import copy
 import functools
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -280,6 +283,93 @@ def test_bad_tensors_are_refused():
     for bad_x in (x[:, 1:], x.double(), x.to("meta"), x.int()):
         with pytest.raises(QuantizationError, match="x is a"):
             linear(bad_x, packed, None, 288, **layout)
+
+
+# -- layers that are called again and again
+
+
+def _called(residual_bits=2, bias=True):
+    """A layer after its first call, which bound it, and an activation."""
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16)
+    module = TurboQuantLinear.from_linear(dense, TurboQuantConfig(residual_bits=residual_bits)).requires_grad_(False)
+    x = inputs(3, 96, torch.bfloat16)
+    module(x)
+    assert (module._bound is not None) == (library.chosen() is not None)
+    return module, x
+
+
+def _by_the_op(module, x):
+    packed, layout = module.packed, (module.in_features, *module.settings.values())
+    return torch.ops.turboquant_weights.linear_inference(x, *packed, module.bias, *layout)
+
+
+CHANGES = {
+    "contents": lambda module: module.codes.copy_(module.codes.flip(0)),
+    "new parameter": lambda module: setattr(module, "codes", torch.nn.Parameter(module.codes.flip(0), requires_grad=False)),
+    "new memory": lambda module: setattr(module.scales, "data", module.scales.flip(0)),
+    "gaps": lambda module: setattr(module.exponents, "data", torch.stack([module.exponents.flip(0)] * 2, -1)[:, 0]),
+    "no residual plane": lambda module: module.base_only_(),
+    "no bias": lambda module: setattr(module, "bias", None),
+    "bias": lambda module: setattr(module.bias, "data", torch.linspace(-1, 1, 40)),
+    "loaded": lambda module: module.load_state_dict(_called()[0].state_dict(), assign=True),
+    "parametrized": lambda module: torch.nn.utils.parametrize.register_parametrization(module, "bias", torch.nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_changed_computes_with_what_it_has(change):
+    module, x = _called()
+    with torch.no_grad():
+        CHANGES[change](module)
+        want = _by_the_op(module, x)
+        for _ in range(3):
+            assert torch.equal(module(x), want)
+
+
+def test_planes_that_no_longer_fit_are_refused():
+    """The memory that was checked is there, but not all of it belongs to the plane."""
+    module, x = _called()
+    module.codes.data = module.codes.data[:20]
+    with pytest.raises(QuantizationError, match=r"scales is a .* \(20, 3\) on the CPU is needed"):
+        module(x)
+    module, x = _called()
+    module.codes.data = module.codes.data[:1].expand(40, -1)
+    assert torch.equal(module(x), _by_the_op(module, x))
+
+
+def test_inputs_of_other_kinds_after_binding():
+    module, x = _called()
+    weight, bias = module.dequantize(torch.float64), module.bias.double()
+    for given in (x.double(), x.float(), x.half(), x[0], x[:0], x[:, None], x.repeat(40, 1), torch.cat([x, x], 1)[:, ::2]):
+        want = given.double() @ weight.T + bias
+        got = module(given)
+        assert got.dtype == given.dtype
+        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    for bad in (x[:, 1:], x[0, 0], x.int()):
+        with pytest.raises(QuantizationError, match="TurboQuantLinear got a"):
+            module(bad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x.float()).dtype == torch.bfloat16
+    assert module(x.requires_grad_()).requires_grad
+
+
+def test_copies_of_a_layer_have_addresses_of_their_own():
+    module, x = _called()
+    want = module(x)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert again._bound is None
+        with torch.no_grad():
+            module.codes.zero_()
+        assert torch.equal(again(x), want)
+        module = again
+
+
+def test_a_layer_does_not_keep_planes_alive():
+    module, _ = _called()
+    plane = weakref.ref(module.codes)
+    module.codes = None
+    assert plane() is None
 
 
 # -- threads and processes

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .config import TurboQuantConfig
+from .cpu import linear as cpu
 from .errors import QuantizationError
 from .planes import PackedPlanes
 from .reference import PackedWeight
@@ -28,6 +29,8 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
         config: bits, residual bits, group size and seed.
         device, dtype: of the new parameters; ``dtype`` is the bias's. Planes start zeroed (the layer computes zeros).
     """
+
+    _bound: cpu.Bound | None = None  # after a call on a CPU
 
     def __init__(
         self,
@@ -107,10 +110,19 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] of a floating dtype; returns [..., out_features] of the same dtype."""
+        parameters = self._parameters  # not attributes: nn.Module needs a microsecond to find one
+        if not torch.compiler.is_compiling() and ops.is_direct(input, parameters):
+            bound = self._bound
+            if bound is None:
+                layout = self.bits, self.residual_bits, self.group_size, self.seed
+                bound = self._bound = cpu.bind(parameters, self.in_features, layout)
+            out = None if bound is None else bound.product(input, parameters)
+            if out is not None:
+                return out
+            self._bound = None
         self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        parameters = self._parameters  # not attributes: nn.Module needs a microsecond to find one
         return ops.linear(
             input,
             parameters["codes"],  # type: ignore[arg-type]

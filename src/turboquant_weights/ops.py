@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ _LIBRARY = torch.library.Library("turboquant_weights", "DEF")
 _WEIGHT = "Tensor codes, Tensor? residual, Tensor scales, Tensor exponents"
 _LAYOUT = "int in_features, int bits, int residual_bits, int group_size, int seed"
 _OLDEST_TRITON = (3, 6)
+# Asked in every call: a name of this module is found faster than one of another.
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_tracer, _is_profiling = torch._C._get_tracing_state, torch.autograd._profiler_enabled
+_is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor", tags=_TAGS)
@@ -420,9 +424,15 @@ def _(info, in_dims, ids, codes, residual, scales, exponents, *layout):
 
 def _is_watched() -> bool:
     """Whether a mode, a transform, a tracer or a profiler must see each op; all of them work in the dispatcher."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    return _dispatch_modes() > 0 or _function_modes() > 0 or _tracer() is not None or _is_profiling()
+
+
+def is_direct(x: Tensor, parameters: Mapping[str, Any]) -> bool:
+    """Whether a layer with these parameters may give ``x`` to the CPU engine without asking the dispatcher: an ordinary
+    tensor on a CPU, no gradient wanted, no autocast, nobody watching. Not for ``torch.compile``."""
+    if type(x) is not Tensor or not x.is_cpu or "bias" not in parameters:  # it may be parametrized
+        return False
+    if _is_autocast("cpu") or _is_watched() or transforms.is_active():
+        return False
+    bias = parameters["bias"]
+    return not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))

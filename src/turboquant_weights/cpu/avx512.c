@@ -319,6 +319,13 @@ static void integer(const tq_layer *layer, const tq_activations *act, int64_t ro
         (book->bits + book->residual_bits == 8 ? kernel_fours_nested : kernel_nested)(layer, act, row, rows, token, count, out);
 }
 
+/* q = 128 a + b, -64 <= b < 64. */
+INLINE void bytes_of(int16_t q, int8_t *a, int8_t *b)
+{
+    *a = (int8_t)((q + 64) >> 7);
+    *b = (int8_t)((q & 127) - ((q & 64) << 1));
+}
+
 static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
 {
     const tq_codebook *book = layer->book;
@@ -339,11 +346,13 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     const int fours = book->bits == 4 && (!nested || book->residual_bits == 4);
     for (int64_t i = 0; i < columns; i += 128, out += 256)
         for (int half = 0; half < 2; half++)
-            for (int j = 0; j < 64; j++) {
-                const int column = fours ? 2 * j + half : j / 16 * 32 + half * 16 + j % 16;
-                const int value = q[i + column], high = (value + 64) >> 7;
-                out[half * 64 + j] = (int8_t)high;
-                out[half * 64 + j + 128] = (int8_t)(value - 128 * high);
+            for (int part = 0; part < 4; part++) { /* loops that become vectors */
+                const int16_t *from = q + i + (fours ? 32 * part + half : 32 * part + 16 * half);
+                int8_t *a = out + half * 64 + part * 16, *b = a + 128;
+                if (fours)
+                    for (int j = 0; j < 16; j++) bytes_of(from[2 * j], a + j, b + j);
+                else
+                    for (int j = 0; j < 16; j++) bytes_of(from[j], a + j, b + j);
             }
 }
 

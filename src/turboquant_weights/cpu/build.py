@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = ("engine.c", "portable.c", "avx2.c", "avx512.c", "avx512_bf16.c", "neon.c")
+SOURCES = ("engine.c", "portable.c", "avx2.c", "avx512.c", "avx512_bf16.c", "avx512_vnni.c", "neon.c")
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")  # for tests; a user's compiler may know new ones
 LIBRARY = "_engine.dylib" if sys.platform == "darwin" else "_engine.so"

@@ -17,6 +17,7 @@ enum { SERIAL_WORK = 1 << 17 };      /* products below which a second thread cos
 static const tq_engine *const engines[] = {
 #if defined(__x86_64__)
     &tq_avx512,
+    &tq_avx512_vnni,
     &tq_avx2,
 #endif
 #if defined(__aarch64__)
@@ -34,6 +35,7 @@ API int tq_engine_has_tiled(int i) { return engines[i]->tiled && engines[i]->til
 API int tq_engine_step(int i) { return engines[i]->step; }
 API size_t tq_codebook_size(void) { return sizeof(tq_codebook); }
 API size_t tq_layer_size(void) { return sizeof(tq_layer); }
+API size_t tq_call_size(void) { return sizeof(tq_call); }
 
 /* -- codebooks --------------------------------------------------------------------------------------------------------- */
 
@@ -105,6 +107,17 @@ static void parabolas(tq_codebook *book)
         }
 }
 
+/* Lines through four levels in a row, by least squares. */
+static void lines(tq_codebook *book)
+{
+    for (int i = 0; i < 64; i++) {
+        const float *level = book->level + 4 * i, mean = (level[0] + level[1] + level[2] + level[3]) / 4;
+        const float step = (3 * (level[3] - level[0]) + level[2] - level[1]) / 10 * book->word_unit;
+        book->line_step[i] = (int16_t)lrintf(step);
+        book->line_start[i] = (int16_t)lrintf(mean * book->word_unit - 1.5f * (float)book->line_step[i]);
+    }
+}
+
 /* levels [2^(bits + residual_bits)], ascending; coefficients [5], zeros if there is no residual plane. */
 API void tq_codebook_init(tq_codebook *book, const float *levels, const float *coefficients, int bits, int residual_bits)
 {
@@ -113,17 +126,21 @@ API void tq_codebook_init(tq_codebook *book, const float *levels, const float *c
     book->bits = bits;
     book->residual_bits = residual_bits;
     book->unit = 16383 / levels[count - 1];
+    book->word_unit = 32000 / levels[count - 1];
     for (int i = 0; i < count; i++) {
         const uint16_t half = half_of(levels[i]);
         book->level[i] = levels[i];
         book->half_high[i] = (uint8_t)(half >> 8);
         book->half_low[i] = (uint8_t)half;
+        book->half[i] = half;
+        book->word[i] = (int16_t)lrintf(levels[i] * book->word_unit);
         const int positive = (int)lrint(fabsf(levels[i]) * book->unit + 16447.5);
         const int integer = levels[i] > 0 ? positive : 32895 - positive; /* both bytes are complements where the index is */
         book->high[i] = (uint8_t)((integer - 64) >> 7);
         book->low[i] = (uint8_t)(integer - 128 * book->high[i]);
         if (!residual_bits) book->base[i] = (uint8_t)(levels[i] + 127.5f);
     }
+    if (count == 256) lines(book);
     if (residual_bits) fixed_point(coefficients, count, book);
     if (bits == 4 && (residual_bits == 2 || residual_bits == 4)) parabolas(book);
 }
@@ -144,8 +161,6 @@ static void run(void (*function)(void *), void *data, int threads)
 }
 
 /* -- y = x W^T + bias -------------------------------------------------------------------------------------------------- */
-
-enum { INTEGER = 0, EXACT = 1, TILED = 2 }; /* how tq_linear computes */
 
 typedef struct {
     const tq_engine *engine;
@@ -330,12 +345,13 @@ static void prepare_all(job *j, int threads)
     run(prepare_share, j, work * 16 < SERIAL_WORK || j->tokens == 1 ? 1 : threads);
 }
 
-/* x [m, in_features] of `type`, rows x_stride bytes apart; y [m, rows] of the same type, contiguous. 0: done, 1: no memory. */
-API int tq_linear(int engine, const tq_layer *layer, int mode, const void *x, int64_t x_stride, void *y, int type, int64_t m,
-                  int threads)
+/* x [m, in_features], y [m, rows], contiguous, both of the call's type. 0: done, 1: no memory. */
+API int tq_linear(const tq_call *call, const void *x, void *y, int64_t m, int threads)
 {
-    job j = {.engine = engines[engine], .layer = layer, .x = x, .tokens = m, .x_stride = x_stride, .y = y, .type = type};
-    j.mode = mode == INTEGER && !j.engine->integer ? EXACT : mode;
+    const tq_layer *layer = call->layer;
+    const int type = call->type;
+    job j = {.engine = engines[call->engine], .layer = layer, .x = x, .tokens = m, .x_stride = call->x_stride, .y = y, .type = type};
+    j.mode = call->mode == INTEGER && !j.engine->integer ? EXACT : call->mode;
     j.act.exact = j.mode == EXACT;
     j.act.coarse = type == BFLOAT16;
     const double work = (double)m * (double)layer->rows * (double)layer->blocks * BLOCK;

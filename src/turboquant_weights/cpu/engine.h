@@ -18,6 +18,7 @@
 
 enum { BLOCK = 32, TOKENS = 4, TILE_ROWS = 48, TILE_COLUMNS = 1024 };
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum { INTEGER = 0, EXACT = 1, TILED = 2 };
 
 /* Tables of one pair of planes; made by tq_codebook_init. T = bits + residual bits. */
 typedef struct {
@@ -28,6 +29,10 @@ typedef struct {
     uint8_t high[256], low[256]; /* level * unit = 128 (high - 127.5) + (low - 127.5), rounded; low is 64 to 191 */
     uint8_t base[16];            /* residual_bits = 0: level = base - 127.5, exactly */
     float unit;
+    int16_t word[256];           /* level * word_unit */
+    int16_t line_start[64], line_step[64]; /* 256 levels by their upper 6 bits: level * word_unit = start + step * lower 2 bits */
+    uint16_t half[256];          /* the levels as binary16 */
+    float word_unit;
     int16_t coefficient[5];      /* residual_bits > 0: the polynomial in 16-bit fixed point, for engines without wide tables */
     float polynomial_unit;       /* level * polynomial_unit = what it yields */
     /* 4 bits and a residual plane, for engines with tables of 16 entries: a parabola for each base field, level * middle_unit
@@ -50,6 +55,13 @@ typedef struct {
     int32_t rotation;            /* columns per rotation block: 32, 64 or 128 */
     int32_t bias_type;
 } tq_layer;
+
+/* How tq_linear computes with a layer. Mirrored by ctypes in library.py. */
+typedef struct {
+    const tq_layer *layer;
+    int64_t x_stride;            /* bytes from token to token */
+    int32_t engine, mode, type;  /* the number of the engine; INTEGER, EXACT or TILED; of x and y */
+} tq_call;
 
 /* Rotated activations. Columns are padded with zeros to 16 blocks, the arrays are aligned to 64 bytes. */
 typedef struct {
@@ -93,7 +105,7 @@ typedef struct {
     const tq_tiled *tiled;       /* NULL, or a product of many tokens that not every such processor has */
 } tq_engine;
 
-extern const tq_engine tq_portable, tq_avx2, tq_avx512, tq_neon;
+extern const tq_engine tq_portable, tq_avx2, tq_avx512, tq_avx512_vnni, tq_neon;
 extern const tq_tiled tq_avx512_bf16;
 
 #endif

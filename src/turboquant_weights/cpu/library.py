@@ -32,6 +32,12 @@ class Layer(ctypes.Structure):
     )
 
 
+class Call(ctypes.Structure):
+    """``tq_call`` of engine.h."""
+
+    _fields_ = (("layer", c_void_p), ("x_stride", c_int64), *((name, c_int32) for name in ("engine", "mode", "type")))
+
+
 class Engine(NamedTuple):
     """One engine of the library that this processor can run."""
 
@@ -50,9 +56,10 @@ _FUNCTIONS = {  # name: result, arguments
     "tq_engine_step": (c_int, (c_int,)),
     "tq_codebook_size": (ctypes.c_size_t, ()),
     "tq_layer_size": (ctypes.c_size_t, ()),
+    "tq_call_size": (ctypes.c_size_t, ()),
     "tq_codebook_init": (None, (c_void_p, c_void_p, c_void_p, c_int, c_int)),
     "tq_set_parallel": (None, (c_void_p,)),
-    "tq_linear": (c_int, (c_int, c_void_p, c_int, c_void_p, c_int64, c_void_p, c_int, c_int64, c_int)),
+    "tq_linear": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "tq_rotate": (c_int, (c_int, c_void_p, c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_int)),
     "tq_decode_rows": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),
 }
@@ -74,7 +81,8 @@ def library() -> ctypes.CDLL | None:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(c, name)
         function.restype, function.argtypes = result, arguments
-    assert c.tq_layer_size() == ctypes.sizeof(Layer), f"{path} does not belong to this version: build it again"
+    sizes = c.tq_layer_size(), c.tq_call_size()
+    assert sizes == (ctypes.sizeof(Layer), ctypes.sizeof(Call)), f"{path} does not belong to this version: build it again"
     _share_threads(c)
     return c
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from ..errors import QuantizationError
 from ..packing import packed_columns
 from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, keeps_precision, padded_features, rotation_block, signs
-from .library import TYPES, Engine, Layer, always_exact, chosen, library
+from .library import TYPES, Call, Engine, Layer, always_exact, chosen, library
 
 DTYPES = tuple(TYPES)
 _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
@@ -26,7 +27,9 @@ _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
 _TILED_TOKENS = 24
 _TILED_NESTED_TOKENS = 16
 _BLAS_TOKENS = 32
-_TILE_BYTES = 1 << 20
+_TILE_BYTES = 4 << 20
+
+Parameters = Mapping[str, Any]  # by the names of a layer's attributes, "bias" included; absent ones are None
 
 
 @functools.cache
@@ -49,6 +52,83 @@ def _plane(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
             f"{dtype} {shape} on the CPU is needed here"
         )
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class Bound:
+    """A layer whose tensors were checked, ready to be called again and again. It holds none of their memory.
+
+    ``product(x, parameters)``, for ``x`` a plain tensor on a CPU, is what :func:`multiply` returns, or None: if these
+    parameters are not those that were checked, or if the layer does not take such an ``x``.
+    """
+
+    __slots__ = ("product",)
+
+    def __init__(self, product: Callable[[Tensor, Parameters], Tensor | None]) -> None:
+        self.product = product
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # the copy of a layer, in this process or another one, has addresses of its own
+
+
+def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> Bound | None:
+    """Checks the tensors of a layer. None: there is no engine, or a tensor is not for it as it is.
+
+    What is left for each call is written for speed: a small layer takes ten microseconds, and Python easily as many.
+    """
+    engine = chosen()
+    planes = tuple(parameters[name] for name in PackedWeight._fields)
+    bias = parameters["bias"]
+    if engine is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in (*planes, bias)):
+        return None
+    if bias is not None and bias.dtype not in TYPES:
+        return None
+    layer, address, _, _ = _checked(PackedWeight(*planes), bias, in_features, *layout)
+    c = library()
+    assert c is not None
+    calls = {}
+    for dtype, number in TYPES.items():
+        mode = _EXACT if dtype == torch.float32 or always_exact() else _INTEGER
+        calls[dtype] = Call(address, in_features * dtype.itemsize, engine.number, mode, number)
+    addresses = {dtype: ctypes.addressof(call) for dtype, call in calls.items()}
+    known = {name: (t.data_ptr(), t.nbytes) for name, t in parameters.items() if t is not None}
+    codes_at, codes_bytes = known["codes"]
+    scales_at, scales_bytes = known["scales"]
+    exponents_at, exponents_bytes = known["exponents"]
+    optional = [(name, known[name]) for name in ("residual", "bias") if name in known]
+    absent = [name for name in ("residual", "bias") if name not in known]
+    run, rows, empty, threads = c.tq_linear, layer.rows, torch.empty, torch.get_num_threads
+    few = min(_TILED_TOKENS, _TILED_NESTED_TOKENS, _BLAS_TOKENS)
+
+    def product(x: Tensor, parameters: Parameters) -> Tensor | None:
+        codes, scales, exponents = parameters["codes"], parameters["scales"], parameters["exponents"]
+        shape, dtype = x.shape, x.dtype
+        # Of a tensor that is where it was, as large and without gaps, every byte may be read.
+        if (
+            not shape or shape[-1] != in_features or dtype not in addresses
+            or codes.data_ptr() != codes_at or codes.nbytes != codes_bytes or not codes.is_contiguous()
+            or scales.data_ptr() != scales_at or scales.nbytes != scales_bytes or not scales.is_contiguous()
+            or exponents.data_ptr() != exponents_at or exponents.nbytes != exponents_bytes or not exponents.is_contiguous()
+        ):  # fmt: skip
+            return None
+        for name, at in optional:
+            tensor = parameters[name]
+            if tensor is None or (tensor.data_ptr(), tensor.nbytes) != at or not tensor.is_contiguous():
+                return None
+        for missing in absent:
+            if parameters[missing] is not None:
+                return None
+        tokens = x.numel() // in_features
+        if not 0 < tokens < few or not x.is_contiguous():
+            packed = PackedWeight(codes, parameters["residual"], scales, exponents)
+            return multiply(x, packed, parameters["bias"], in_features, layout, engine, None)
+        # Three dimensions are what models have; a slice of the shape costs half a microsecond.
+        out = empty(shape[0], shape[1], rows, dtype=dtype) if len(shape) == 3 else empty(*shape[:-1], rows, dtype=dtype)
+        if run(addresses[dtype], x.data_ptr(), out.data_ptr(), tokens, threads()):
+            raise MemoryError("no memory for the rotated activations")
+        return out
+
+    product.owned = layer, calls  # type: ignore[attr-defined]  # whose addresses it passes on
+    return Bound(product)
 
 
 class _Described(NamedTuple):
@@ -187,11 +267,8 @@ def multiply(
         mode = _EXACT if exact else _INTEGER
     c = library()
     assert c is not None
-    failed = c.tq_linear(
-        engine.number, described.address, mode, flat.data_ptr(), stride * flat.element_size(), out.data_ptr(), TYPES[dtype],
-        tokens, torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
+    call = Call(described.address, stride * flat.element_size(), engine.number, mode, TYPES[dtype])
+    if c.tq_linear(ctypes.addressof(call), flat.data_ptr(), out.data_ptr(), tokens, torch.get_num_threads()):
         raise MemoryError("no memory for the rotated activations")
     return out
 

@@ -74,16 +74,25 @@ static inline void hadamard8(float *v)
 #endif
 }
 
-static void hadamard(float *x, int block)
+/* Sizes known when compiling, so that the loops become vectors. */
+static inline __attribute__((always_inline)) void butterflies(float *x, const int block)
 {
     for (int i = 0; i < block; i += 8) hadamard8(x + i);
+#pragma GCC unroll 4
     for (int half = 8; half < block; half *= 2)
         for (int i = 0; i < block; i += 2 * half)
-            for (int j = i; j < i + half; j++) {
-                const float a = x[j], b = x[j + half];
-                x[j] = a + b;
-                x[j + half] = a - b;
+            for (int j = 0; j < half; j++) {
+                const float a = x[i + j], b = x[i + j + half];
+                x[i + j] = a + b;
+                x[i + j + half] = a - b;
             }
+}
+
+static void hadamard(float *x, int block)
+{
+    if (block == 128) butterflies(x, 128);
+    else if (block == 64) butterflies(x, 64);
+    else butterflies(x, 32);
 }
 
 /* Reads token, rotates it into out [32 * padded_blocks] and sets its scale: the rotated token is out * token_scale.
@@ -113,8 +122,9 @@ static void to_integers(const float *x, int64_t blocks, int limit, int nested, f
                         float *correction)
 {
     for (int64_t block = 0; block < blocks; block++, x += BLOCK, q += BLOCK) {
-        float largest = 0;
-        for (int i = 0; i < BLOCK; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        const uint32_t bits = largest_magnitude(x, BLOCK);
+        float largest;
+        memcpy(&largest, &bits, 4);
         const float inverse = largest > 1e-30f ? (float)limit / largest : 0;
         int32_t sum = 0, high = 0;
         for (int i = 0; i < BLOCK; i++) {
