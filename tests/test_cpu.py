@@ -312,6 +312,7 @@ CHANGES = {
     "no residual plane": lambda module: module.base_only_(),
     "no bias": lambda module: setattr(module, "bias", None),
     "bias": lambda module: setattr(module.bias, "data", torch.linspace(-1, 1, 40)),
+    "bias of another type in the same bytes": lambda module: setattr(module.bias, "data", module.bias.view(torch.float16)),
     "loaded": lambda module: module.load_state_dict(_called()[0].state_dict(), assign=True),
     "parametrized": lambda module: torch.nn.utils.parametrize.register_parametrization(module, "bias", torch.nn.ReLU()),
 }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .cpu import linear as cpu
 from .linear import TurboQuantLinear
 from .planes import PLANES
 from .reference import PackedWeight
@@ -73,6 +74,7 @@ class _Group:
         self.members = members
         self.merged: PackedWeight | None = None
         self.bias: tuple[tuple[int, ...], Tensor | None] | None = None
+        self.bound: cpu.Bound | None = None  # to the merged planes, after a call on a CPU
         self.input: Tensor | None = None
         self.version = 0
         self.parts: dict[int, Tensor] = {}
@@ -89,7 +91,7 @@ class _Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the merged planes: copies of the members would not be views of them."""
-        return dict(self.__dict__, merged=None, bias=None, input=None, version=0, parts={})
+        return dict(self.__dict__, merged=None, bias=None, bound=None, input=None, version=0, parts={})
 
     def invalidate(self) -> None:
         """The members' planes have moved: they are merged again when they are needed."""
@@ -128,22 +130,25 @@ class _Group:
             [like.new_zeros(m.out_features) if b is None else b for m, b in zip(self.members, biases, strict=True)]
         )
 
+    def _product(self, x: Tensor) -> Tensor:
+        """All members at once, by the same ways as :meth:`TurboQuantLinear.forward`."""
+        first = self.members[0]
+        layout = first.bits, first.residual_bits, first.group_size, first.seed
+        parameters = {**self.planes()._asdict(), "bias": self.merged_bias()}
+        if not torch.compiler.is_compiling() and ops.is_direct(x, parameters):
+            if self.bound is None:
+                self.bound = cpu.bind(parameters, first.in_features, layout)
+            out = None if self.bound is None else self.bound.product(x, parameters)
+            if out is not None:
+                return out
+            self.bound = None
+        return ops.linear(x, *parameters.values(), first.in_features, *layout)
+
     def take(self, index: int, x: Tensor) -> Tensor:
         """The result of member ``index`` for ``x``."""
         version = 0 if torch.compiler.is_compiling() else _version(x)
         if self.input is not x or self.version != version or index not in self.parts:
-            first = self.members[0]
-            planes = self.planes()
-            out = ops.linear(
-                x,
-                *planes,
-                self.merged_bias(),
-                first.in_features,
-                first.bits,
-                first.residual_bits,
-                first.group_size,
-                first.seed,
-            )
+            out = self._product(x)
             self.input, self.version = x, version
             self.parts = dict(enumerate(out.split([member.out_features for member in self.members], -1)))
         part = self.parts.pop(index)

@@ -90,10 +90,10 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
         mode = _EXACT if dtype == torch.float32 or always_exact() else _INTEGER
         calls[dtype] = Call(address, in_features * dtype.itemsize, engine.number, mode, number)
     addresses = {dtype: ctypes.addressof(call) for dtype, call in calls.items()}
-    known = {name: (t.data_ptr(), t.nbytes) for name, t in parameters.items() if t is not None}
-    codes_at, codes_bytes = known["codes"]
-    scales_at, scales_bytes = known["scales"]
-    exponents_at, exponents_bytes = known["exponents"]
+    known = {name: (t.data_ptr(), t.nbytes, t.dtype) for name, t in parameters.items() if t is not None}
+    codes_at, codes_bytes, _ = known["codes"]  # bytes whatever their type
+    scales_at, scales_bytes, _ = known["scales"]
+    exponents_at, exponents_bytes, _ = known["exponents"]
     optional = [(name, known[name]) for name in ("residual", "bias") if name in known]
     absent = [name for name in ("residual", "bias") if name not in known]
     run, rows, empty, threads = c.tq_linear, layer.rows, torch.empty, torch.get_num_threads
@@ -112,7 +112,7 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
             return None
         for name, at in optional:
             tensor = parameters[name]
-            if tensor is None or (tensor.data_ptr(), tensor.nbytes) != at or not tensor.is_contiguous():
+            if tensor is None or (tensor.data_ptr(), tensor.nbytes, tensor.dtype) != at or not tensor.is_contiguous():
                 return None
         for missing in absent:
             if parameters[missing] is not None:
