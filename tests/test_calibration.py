@@ -89,9 +89,10 @@ def test_feedback_follows_its_definition_column_by_column() -> None:
     assert (codes == wanted).float().mean() > 0.98  # ties of float32 and float64 differ, and what follows from one
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
 def test_gain_of_feedback_is_known_from_the_inputs(power: float) -> None:
     """Against the factor that feedback uses, and against the losses of rounding with and without it."""
+    torch.manual_seed(4)
     basis = torch.linalg.qr(torch.randn(128, 128)).Q
     x = torch.randn(20000, 128) * torch.arange(1, 129) ** -power @ basis.T
     weight, layout = torch.randn(256, 128), dict(bits=4, residual_bits=0, group_size=128, seed=0)
@@ -109,9 +110,9 @@ def test_gain_of_feedback_is_known_from_the_inputs(power: float) -> None:
         errors.append(rotate(reference.dequantize_weight(packed, 128, **layout) - weight, 128, 0).double())
     second = (hessian / hessian.diagonal().mean()).double()
     damped = second + feedback.DAMPING * torch.eye(128, dtype=torch.float64)
-    # Scales are searched for the loss at hand in both, which is worth a few per cent more with feedback.
+    # With feedback, scales are searched for the loss at hand: worth more, the fewer directions count.
     measured = float(((errors[0] @ damped) * errors[0]).sum() / ((errors[1] @ second) * errors[1]).sum())
-    assert gain == pytest.approx(measured, rel=0.15)
+    assert 0.95 * measured < gain < (1.06 if power < 1 else 1.4) * measured
 
 
 def test_gain_of_rank_deficient_and_dead_inputs() -> None:
