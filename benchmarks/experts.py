@@ -16,6 +16,7 @@ import copy
 import json
 import pathlib
 import platform
+import sys
 import time
 
 import torch
@@ -114,6 +115,7 @@ def main() -> None:
     rows = measure(args.experts, args.hidden, args.inner, args.choices, args.tokens, args.device)
     cuda = args.device.type == "cuda"
     facts = {
+        "command": " ".join(pathlib.Path(a).name if "/" in a else a for a in sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
