@@ -139,7 +139,7 @@ def test_a_subclass_keeps_its_class_and_what_it_computes(monkeypatch):
     module = TurboQuantEmbedding.from_embedding(original, CONFIG)
     assert isinstance(module, Gemma3TextScaledWordEmbedding)
     assert isinstance(module, TurboQuantEmbedding)
-    assert type(module) is quantized_class(Gemma3TextScaledWordEmbedding)
+    assert type(module) is quantized_class(Gemma3TextScaledWordEmbedding, TurboQuantEmbedding)
     assert (module.padding_idx, module.scalar_embed_scale) == (0, K**0.5)
     expected = module.to_embedding()
     assert type(expected) is Gemma3TextScaledWordEmbedding

@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from .config import EmbeddingBits, Grades, is_graded
 from .errors import ConfigError
 from .reference import packed_bytes
 
 Bits = tuple[int, int]  # (bits, residual_bits)
+Point = tuple[int, float, EmbeddingBits | None]  # bytes, expected KL divergence, bits
 
 # Expected relative squared error of a Gaussian matrix: reference.quantize_weight on 2048 x 2048 normal entries.
 ERRORS: dict[Bits, float] = {
@@ -28,6 +30,13 @@ ERRORS: dict[Bits, float] = {
     (4, 4): 0.000021999,
 }
 _DENSE_BYTES = 2  # bf16
+_ORDER_BYTES = 4  # per row of a graded embedding
+# Grades that an embedding may have at once (each is a product of its own in a tied head), where one may end, and how many
+# compromises between bytes and loss are tried for them.
+_GRADES: tuple[Bits, ...] = ((3, 0), (4, 0), (4, 1), (4, 2), (4, 3))
+_MOST_GRADES = 4
+_ROW_STEP, _ROW_RATIO = 64, 1.25
+_COMPROMISES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,38 +44,83 @@ class Unit:
     """Layers that get the same bits.
 
     ``names`` of the modules; ``shapes`` their (rows, columns), a weight shared by several once; ``sensitivity``: nats of KL
-    divergence per unit of relative squared error, all layers together.
+    divergence per unit of relative squared error, all layers together. ``rows``: of an embedding that may be graded, that of
+    each row, in falling order.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     sensitivity: float
+    rows: tuple[float, ...] = ()
 
     @property
     def weights(self) -> int:
         return sum(rows * columns for rows, columns in self.shapes)
 
-    def bytes(self, bits: Bits | None) -> int:
+    def bytes(self, bits: EmbeddingBits | None) -> int:
         """Stored bytes of the weights; None: bf16."""
         if bits is None:
             return self.weights * _DENSE_BYTES
+        if is_graded(bits):
+            ((rows, columns),) = self.shapes
+            return sum(packed_bytes(count, columns, *own) for count, *own in bits) + _ORDER_BYTES * rows  # type: ignore[misc]
         return sum(packed_bytes(rows, columns, *bits) for rows, columns in self.shapes)
 
-    def kl(self, bits: Bits | None) -> float:
+    def kl(self, bits: EmbeddingBits | None) -> float:
         """Expected KL divergence in nats per token."""
-        return 0.0 if bits is None else self.sensitivity * ERRORS[bits]
+        if bits is None:
+            return 0.0
+        if not is_graded(bits):
+            return self.sensitivity * ERRORS[bits]  # type: ignore[index]
+        total, start = 0.0, 0
+        for count, base, residual in bits:  # type: ignore[misc]
+            total += sum(self.rows[start : start + count]) * ERRORS[base, residual]
+            start += count
+        return total
 
-    def hull(self) -> list[tuple[int, float, Bits | None]]:
+    def hull(self) -> list[Point]:
         """(bytes, kl, bits) of the choices worth making, by ascending bytes: the lower convex hull."""
-        hull: list[tuple[int, float, Bits | None]] = []
-        for bits in (*ERRORS, None):
-            point = self.bytes(bits), self.kl(bits), bits
+        choices: list[EmbeddingBits | None] = [*ERRORS, *self._grades(), None]
+        points = sorted(((self.bytes(bits), self.kl(bits), bits) for bits in choices), key=lambda point: point[:2])
+        hull: list[Point] = []
+        for point in points:
             if hull and point[0] <= hull[-1][0]:  # bf16 beside 4+4 of a tiny layer
                 continue
             while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], point):
                 hull.pop()
             hull.append(point)
         return hull
+
+    def _grades(self) -> list[Grades]:
+        """For many prices of a byte the grades that pay: runs of rows get the bits of least ``kl + price * bytes``."""
+        if not self.rows:
+            return []
+        ((count, columns),) = self.shapes
+        ends: list[int] = []
+        width = float(_ROW_STEP)
+        while not ends or ends[-1] < count:
+            ends.append(min(count, (ends[-1] if ends else 0) + round(width / _ROW_STEP) * _ROW_STEP))
+            width *= _ROW_RATIO
+        starts = [0, *ends[:-1]]
+        runs = [(end - start, sum(self.rows[start:end])) for start, end in zip(starts, ends, strict=True)]
+        costs = {bits: packed_bytes(1, columns, *bits) for bits in _GRADES}
+        highest = max(share / rows for rows, share in runs) * ERRORS[_GRADES[0]]
+        found: dict[Grades, None] = {}
+        for i in range(_COMPROMISES):
+            price = highest / min(costs.values()) * 2.0 ** (-i / 3)
+            best = [min(_GRADES, key=lambda b: share * ERRORS[b] + price * rows * costs[b]) for rows, share in runs]
+            grades: list[list[int]] = []
+            for (rows, _), bits in zip(runs, best, strict=True):
+                if grades and tuple(grades[-1][1:]) == bits:
+                    grades[-1][0] += rows
+                else:
+                    grades.append([rows, *bits])
+            while len(grades) > _MOST_GRADES:  # the smallest but the first joins the one before it, which has more bits
+                least = min(range(1, len(grades)), key=lambda g: grades[g][0])
+                grades[least - 1][0] += grades.pop(least)[0]
+            if len(grades) > 1:
+                found[tuple((rows, base, residual) for rows, base, residual in grades)] = None
+        return list(found)
 
 
 def _gain(cheap: tuple[int, float, object], dear: tuple[int, float, object]) -> float:
@@ -77,7 +131,7 @@ def _gain(cheap: tuple[int, float, object], dear: tuple[int, float, object]) -> 
 class Allocation:
     """``bits`` of every module in the units (None: stays bf16), and what to expect of them."""
 
-    bits: dict[str, Bits | None]
+    bits: dict[str, EmbeddingBits | None]
     total_bytes: int
     dense_bytes: int
     expected_kl: float
@@ -141,7 +195,10 @@ def allocate(
 
 
 def _allocation(
-    units: Sequence[Unit], hulls: Sequence[list[tuple[int, float, Bits | None]]], choice: Sequence[int], other_bytes: int
+    units: Sequence[Unit],
+    hulls: Sequence[list[Point]],
+    choice: Sequence[int],
+    other_bytes: int,
 ) -> Allocation:
     chosen = [hull[i] for hull, i in zip(hulls, choice, strict=True)]
     return Allocation(

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from . import sensitivity
 from .allocation import Allocation, Unit, allocate, steps
-from .calibration import input_groups
+from .calibration import LOOKUP_SHARE, input_groups
 from .config import TurboQuantConfig
 from .errors import ConfigError, QuantizationError
 from .experts import dense_stacks, find_stacks, weight_rows
+from .feedback import feedback_gain, rotated_moments
 from .linear import is_linear
 from .model import HEAD, plan_layers
 from .stream import BlockStream
@@ -34,7 +35,8 @@ _SEED = 0
 # tokens as the widest layer has inputs, but at least 8,192.
 _GAIN_TOKENS, _GAIN_TOKENS_PER_COLUMN = 8192, 4
 # Share of the KL divergence of plain rounding that calibrated rounding leaves, where the inputs do not tell: experts, and an
-# output head that is tied to the embedding. More text leaves less (DESIGN.md), so what a budget expects is on the safe side.
+# output head that is tied to the embedding but does not return logits. More text leaves less (DESIGN.md), so what a budget
+# expects is on the safe side.
 _CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.40, 0.90
 # Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they
 # stay alike, so that they can run as one matrix (gate and up, q and k).
@@ -99,7 +101,11 @@ class BitPlan:
     def config(self, allocation: Allocation, base: TurboQuantConfig) -> TurboQuantConfig:
         """``base`` with the bits of ``allocation``."""
         bits = allocation.bits
-        layers = {name: choice for name, choice in bits.items() if choice is not None and name not in self.embeddings}
+        layers: dict[str, tuple[int, int]] = {
+            name: choice  # type: ignore[misc]  # only embeddings have grades
+            for name, choice in bits.items()
+            if choice is not None and name not in self.embeddings
+        }
         embeddings = {name: choice for name, choice in bits.items() if choice is not None and name in self.embeddings}
         dense = [name for name, choice in bits.items() if choice is None and name not in self.embeddings]
         dense += [head for head, embedding in self.tied.items() if embedding not in embeddings]
@@ -154,12 +160,14 @@ def plan_bits(
             values = sensitivity.measure(stream, linears, embeddings, progress=progress)
         probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
         groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
-        gains = {}
+        gains: dict[str, float] = {}
+        rows: dict[str, Tensor] = {}
         if calibrated and measured:
             widest = max((weight_rows(module, name).shape[1] for name, module in linears.items()), default=1)
             wanted = max(_GAIN_TOKENS, _GAIN_TOKENS_PER_COLUMN * widest)
             with BlockStream(model, text[: -(-wanted // text.shape[1])], where) as stream:
                 gains = sensitivity.feedback_gains(stream, groups, linears, config, progress=progress)
+                rows = _row_sensitivities(stream, embeddings, heads, values, config, wanted)
     reached = {name for group in groups for name in group}
     groups += [[name] for name in linears if name not in reached]
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
@@ -171,7 +179,10 @@ def plan_bits(
             units.append(_unit(names, linears, values, gain, known))
     for name, embedding in embeddings.items():
         gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
-        units.append(_unit([name], embeddings, values, gain, known))
+        unit = _unit([name], embeddings, values, gain, known)
+        if name in rows and unit.shapes:
+            unit = dataclasses.replace(unit, sensitivity=float(rows[name].sum()), rows=tuple(rows[name].tolist()))
+        units.append(unit)
     return BitPlan(
         tuple(units),
         _other_bytes(model, units),
@@ -182,6 +193,36 @@ def plan_bits(
         measured,
         calibrated,
     )
+
+
+@torch.no_grad()
+def _row_sensitivities(
+    stream: BlockStream,
+    embeddings: Mapping[str, nn.Embedding],
+    heads: Mapping[str, str],
+    values: Mapping[str, float],
+    config: TurboQuantConfig,
+    tokens: int,
+) -> dict[str, Tensor]:
+    """Of the embedding that the model's input goes through, the sensitivity of each row in falling order, float64 [n] on the
+    CPU, for calibrated rounding. ``stream`` has been run to the end of the blocks."""
+    inputs = stream.model.get_input_embeddings()  # type: ignore[operator]  # a model of Transformers
+    name = next((name for name, embedding in embeddings.items() if embedding.weight is inputs.weight), None)
+    if name is None:
+        return {}
+    head = next((head for head, embedding in heads.items() if embedding == name), None)
+    module = None if head is None else stream.model.get_submodule(head)
+    use = sensitivity.vocabulary_use(stream, stream.batches, module, tokens)
+    gain = 1.0
+    if use is not None and use.moments is not None:
+        use.moments.add_white(LOOKUP_SHARE)
+        gain = feedback_gain(rotated_moments(use.moments.now, config.group_size, config.seed))
+    found = None if use is None else sensitivity.row_sensitivities(inputs.weight, use, gain)
+    if found is None:
+        return {}
+    if head is None:
+        found = found * (values[name] / found.sum())
+    return {name: found.sort(descending=True).values.cpu()}
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:

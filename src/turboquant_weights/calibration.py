@@ -142,6 +142,9 @@ _MOMENTS_BYTES = 4 << 30
 # Rows per input column at which white noise as strong as the inputs is added to an expert's moments.
 _ROWS_PER_COLUMN = 8
 
+# Weight of a lookup beside the output head when a tied embedding is rounded, in units of the head's mean squared input.
+LOOKUP_SHARE = 0.1
+
 # Called with (layer name, packed weight with its error, layer's config): puts the quantized layer in place.
 Install = Callable[[str, Quantized, TurboQuantConfig], None]
 
@@ -189,8 +192,8 @@ class Calibrator:
         self._quantize_tail([name for name in self.configs if name not in done])
 
     @torch.no_grad()
-    def head_moments(self, head: str, *, progress: bool = True) -> Moments:
-        """Second moments of what arrives at an output head in the original model: one more pass over the blocks.
+    def last_hidden(self, *, progress: bool = True) -> list[Batch]:
+        """The text behind the last block of the original model: one more pass over the blocks.
 
         For a head that is tied to the embedding and so must be rounded before the first block is.
         """
@@ -199,6 +202,11 @@ class Calibrator:
             with self.stream.block(index):
                 for batch in batches:
                     batch.hidden = self.stream.run(index, batch)
+        return batches
+
+    @torch.no_grad()
+    def head_moments(self, head: str, batches: Sequence[Batch]) -> Moments:
+        """Second moments of what arrives at an output head; ``batches`` from :meth:`last_hidden`."""
         layer = self.stream.model.get_submodule(head)
         moments = Moments(dense_weight(layer, head).shape[1], self.stream.device)
         for batch in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -10,13 +11,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Container, Iterator
+import sys
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import TurboQuantConfig
+from .config import Grades, TurboQuantConfig
 from .errors import ConfigError, FormatError
 from .header import Header, TensorInfo, read_header, read_json, short
 from .planes import PLANES
@@ -31,6 +33,7 @@ SUFFIX = ".safetensors"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8"}
 _FLOATS = ("F16", "BF16", "F32")
+_ORDER = ".order"  # ends the name of the tensor that says where the rows of a graded embedding lie
 
 
 @contextlib.contextmanager
@@ -234,14 +237,18 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
 
 
 def check_values(info: CheckpointInfo) -> None:
-    """Reads the exponents, the only stored values that can be out of range (FORMAT.md section 7). A loader must call it.
+    """Reads the only stored values that can be out of range (FORMAT.md section 7): exponents, and orders of graded
+    embeddings. A loader must call it.
 
     Raises:
-        FormatError: an exponent is forbidden.
+        FormatError: an exponent is forbidden, or an order does not name every row once.
     """
+    orders = {name + _ORDER for name in info.config.embeddings or () if info.config.grades(name) is not None}
     for name in info.files:
         if name.endswith(SUFFIX):
             _check_exponents(info.folder / name)
+            if orders:
+                _check_orders(info.folder / name, orders)
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:
@@ -340,8 +347,14 @@ def check_tensors(
     if not quantized:
         raise FormatError("no tensor is called <layer>.codes: the checkpoint holds no quantized layer")
     others = []
+    graded = {name: grades for name in config.embeddings or () if (grades := config.grades(name)) is not None}
+    for name, grades in graded.items():
+        _check_grades(name, grades, tensors, quantized)
     for name, tensor in tensors.items():
         owner = _owner(name, quantized)
+        if name.endswith(_ORDER) and name.removesuffix(_ORDER) in graded:
+            quantized[f"{name.removesuffix(_ORDER)}.0"]["order"] = tensor
+            continue
         if owner is None and name in quantized and name in (config.experts or {}):
             quantized[name]["weight"] = tensor  # a stack has the name of its parameter, and so has its tripwire
         elif owner is None:
@@ -353,7 +366,7 @@ def check_tensors(
             raise FormatError(f"{short(name)}: a {kind} has no such tensor: allowed are {', '.join(PLANES)}{bias}")
     for field in ("layer_bits", "embeddings", "experts"):
         for name in getattr(config, field) or ():
-            if name not in quantized:
+            if name not in quantized and name not in graded:
                 raise FormatError(
                     f"{CONFIG_FILE}: {field} has {short(name)}, but the checkpoint holds no quantized layer of that name: "
                     "only exact names of quantized layers are allowed"
@@ -362,6 +375,22 @@ def check_tensors(
                 raise FormatError(f"{CONFIG_FILE}: {short(name)} is under {field} and under embeddings: it must be one")
     layers = tuple(_check_layer(name, parts, config) for name, parts in sorted(quantized.items()))
     return layers, tuple(others)
+
+
+def _check_grades(
+    name: str, grades: Grades, tensors: dict[str, TensorInfo], quantized: Mapping[str, dict[str, TensorInfo]]
+) -> None:
+    """A graded embedding: each grade has its rows, and ``order`` one entry per row of all."""
+    for i, (rows, _, _) in enumerate(grades):
+        scales = quantized.get(f"{name}.{i}", {}).get("scales")
+        if scales is None or scales.shape[:1] != (rows,):
+            found = "missing" if scales is None else f"of shape {list(scales.shape)}"
+            raise FormatError(f"{short(f'{name}.{i}.scales')} is {found}: {CONFIG_FILE} says that grade {i} has {rows} rows")
+    total = sum(rows for rows, _, _ in grades)
+    order = tensors.get(name + _ORDER)
+    if order is None or order.shape != (total,) or order.dtype != "I32":
+        got = None if order is None else (order.shape, order.dtype)
+        raise FormatError(f"{short(name + _ORDER)} is {_describe(got)}: with these grades it must be I32 [{total}]")
 
 
 def _owner(name: str, layers: Container[str]) -> str | None:
@@ -428,6 +457,22 @@ def _check_exponents(path: Path) -> None:
             if largest > MAX_EXPONENT:
                 raise FormatError(
                     f"{path.name}: {short(tensor.name)} holds {largest}: exponents must be {MIN_EXPONENT} to {MAX_EXPONENT}"
+                )
+
+
+def _check_orders(path: Path, names: Container[str]) -> None:
+    with path.open("rb") as stream:
+        for tensor in read_header(path).tensors:
+            if tensor.name not in names:
+                continue
+            stream.seek(tensor.begin)
+            order = array.array("i", stream.read(tensor.nbytes))
+            if sys.byteorder == "big":
+                order.byteswap()
+            if sorted(order) != list(range(len(order))):
+                raise FormatError(
+                    f"{path.name}: {short(tensor.name)} does not name every row once: the checkpoint is damaged; fetch it "
+                    "again"
                 )
 
 

@@ -59,6 +59,16 @@ class BitsByName(ByName[tuple[int, int]]):
     """``(bits, residual_bits)`` by name."""
 
 
+# Rows of a graded embedding that have the same bits: (rows, bits, residual_bits), in the order in which they are stored.
+Grade = tuple[int, int, int]
+Grades = tuple[Grade, ...]
+EmbeddingBits = tuple[int, int] | Grades
+
+
+class EmbeddingsByName(ByName[EmbeddingBits]):
+    """Of each embedding ``(bits, residual_bits)``, or its grades."""
+
+
 class LayoutByName(ByName[str]):
     """Which way the matrices of an expert stack lie, by name: one of :data:`LAYOUTS`."""
 
@@ -80,8 +90,9 @@ class TurboQuantConfig:
             A layer's own name comes before patterns, among those the first match wins; a layer that nothing matches has
             ``bits`` and ``residual_bits``. In a saved checkpoint: exact names of the layers that differ.
         embeddings: Embeddings to quantize, by default none: glob pattern -> ``(bits, residual_bits)``, e.g.
-            ``{"model.embed_tokens": (4, 2)}``. An output head tied to one shares its planes. In a saved checkpoint: exact
-            names.
+            ``{"model.embed_tokens": (4, 2)}``. An output head tied to one shares its planes. Or grades, ``((rows, bits,
+            residual_bits), ...)``: so many rows, those that matter most to the calibration text first, have these bits; a
+            budget finds them. In a saved checkpoint: exact names.
         experts: Parameters [experts, ., .] that hold a matrix per expert, for models whose own are not recognised: glob
             pattern -> ``"out_in"`` if each matrix is [out_features, in_features], ``"in_out"`` if it is the transpose. In a
             saved checkpoint: exact names of all stacks that are quantized.
@@ -99,7 +110,7 @@ class TurboQuantConfig:
     seed: int = 0
     skip: tuple[str, ...] | None = None
     layer_bits: Mapping[str, tuple[int, int]] | None = None
-    embeddings: Mapping[str, tuple[int, int]] | None = None
+    embeddings: Mapping[str, EmbeddingBits] | None = None
     experts: Mapping[str, str] | None = None
     source: dict[str, str] | None = dataclasses.field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
@@ -122,7 +133,7 @@ class TurboQuantConfig:
                 raise ConfigError(f"skip is {self.skip!r}: it must be a list of glob patterns such as ['lm_head']")
             object.__setattr__(self, "skip", tuple(self.skip))
         object.__setattr__(self, "layer_bits", _bits_by_name("layer_bits", self.layer_bits, "*.down_proj"))
-        object.__setattr__(self, "embeddings", _bits_by_name("embeddings", self.embeddings, "model.embed_tokens"))
+        object.__setattr__(self, "embeddings", _embeddings_by_name(self.embeddings))
         object.__setattr__(self, "experts", _layout_by_name(self.experts))
         if self.source is not None and not (
             isinstance(self.source, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.source.items())
@@ -148,14 +159,32 @@ class TurboQuantConfig:
         )
 
     def for_embedding(self, name: str) -> TurboQuantConfig | None:
-        """The config of the embedding ``name`` alone; None if it is not quantized."""
-        return self._own_bits(self.embeddings, name)
+        """The config of the embedding ``name`` alone; None if it is not quantized, or graded. ``<name>.<i>`` is grade ``i``
+        of a graded one, and an embedding of its own."""
+        bits = self._embedding_bits(name)
+        if bits is None:
+            parent, _, index = name.rpartition(".")
+            grades = self.grades(parent)
+            if grades is None or not index.isdecimal() or int(index) >= len(grades) or index != str(int(index)):
+                return None
+            bits = grades[int(index)][1:]
+        return None if is_graded(bits) else self.with_bits(*bits)
+
+    def grades(self, name: str) -> Grades | None:
+        """Those of the embedding ``name``, if it is graded."""
+        bits = self._embedding_bits(name)
+        return bits if bits is not None and is_graded(bits) else None  # type: ignore[return-value]
+
+    def _embedding_bits(self, name: str) -> EmbeddingBits | None:
+        pattern = self.embeddings.pattern_for(name) if isinstance(self.embeddings, EmbeddingsByName) else None
+        return None if pattern is None or self.embeddings is None else self.embeddings[pattern]
 
     def _own_bits(self, by_name: Mapping[str, tuple[int, int]] | None, name: str) -> TurboQuantConfig | None:
         pattern = by_name.pattern_for(name) if isinstance(by_name, BitsByName) else None
-        if by_name is None or pattern is None:
-            return None
-        bits, residual_bits = by_name[pattern]
+        return None if by_name is None or pattern is None else self.with_bits(*by_name[pattern])
+
+    def with_bits(self, bits: int, residual_bits: int) -> TurboQuantConfig:
+        """That of one layer: these bits, and nothing by name."""
         return dataclasses.replace(
             self, bits=bits, residual_bits=residual_bits, layer_bits=None, embeddings=None, experts=None
         )
@@ -164,7 +193,7 @@ class TurboQuantConfig:
         self,
         layers: Iterable[str],
         skip: Iterable[str],
-        embeddings: Mapping[str, tuple[int, int]] | None = None,
+        embeddings: Mapping[str, EmbeddingBits] | None = None,
         experts: Mapping[str, str] | None = None,
     ) -> TurboQuantConfig:
         """As a checkpoint stores it: patterns resolved to the names of the quantized ``layers`` (linear ones, and stacks of
@@ -189,10 +218,11 @@ class TurboQuantConfig:
 
     def base_only(self) -> TurboQuantConfig:
         """The same without any residual plane."""
-        layer_bits, embeddings = (
-            {name: (bits, 0) for name, (bits, _) in (by_name or {}).items()}
-            for by_name in (self.layer_bits, self.embeddings)
-        )
+        layer_bits = {name: (bits, 0) for name, (bits, _) in (self.layer_bits or {}).items()}
+        embeddings: dict[str, EmbeddingBits] = {
+            name: tuple((rows, b, 0) for rows, b, _ in bits) if is_graded(bits) else (bits[0], 0)  # type: ignore[misc]
+            for name, bits in (self.embeddings or {}).items()
+        }
         return dataclasses.replace(self, residual_bits=0, layer_bits=layer_bits, embeddings=embeddings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,8 +230,8 @@ class TurboQuantConfig:
         out: dict[str, Any] = {"quant_method": QUANT_METHOD}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, BitsByName):
-                out[field.name] = {name: list(bits) for name, bits in value.items()}
+            if isinstance(value, (BitsByName, EmbeddingsByName)):
+                out[field.name] = {name: _as_lists(bits) for name, bits in value.items()}
             elif isinstance(value, LayoutByName):
                 out[field.name] = dict(value)
             elif field.name not in ("layer_bits", "embeddings", "experts"):  # absent is how a checkpoint says "none"
@@ -251,14 +281,51 @@ def _bits_by_name(field: str, value: object, example: str) -> BitsByName | None:
         return value or None
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{field} is {value!r}: it must map names to (bits, residual_bits), e.g. {{{example!r}: (4, 2)}}")
-    out = {}
-    for name, pair in value.items():
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ConfigError(f"{field}[{name!r}] is {pair!r}: it must be (bits, residual_bits), e.g. (4, 2)")
-        _require_member(f"{field}[{name!r}]: bits", pair[0], BASE_BITS)
-        _require_member(f"{field}[{name!r}]: residual_bits", pair[1], RESIDUAL_BITS)
-        out[name] = (pair[0], pair[1])
+    out = {name: _bits(f"{field}[{name!r}]", pair) for name, pair in value.items()}
     return BitsByName(out) if out else None
+
+
+def _bits(where: str, pair: object) -> tuple[int, int]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ConfigError(f"{where} is {pair!r}: it must be (bits, residual_bits), e.g. (4, 2)")
+    _require_member(f"{where}: bits", pair[0], BASE_BITS)
+    _require_member(f"{where}: residual_bits", pair[1], RESIDUAL_BITS)
+    return pair[0], pair[1]
+
+
+def is_graded(bits: EmbeddingBits) -> bool:
+    """Whether these are grades, and not one pair for all rows."""
+    return isinstance(bits[0], tuple)
+
+
+def _embeddings_by_name(value: object) -> EmbeddingsByName | None:
+    """The same for embeddings, which may be graded."""
+    if value is None or isinstance(value, EmbeddingsByName):
+        return value or None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(
+            f"embeddings is {value!r}: it must map names to (bits, residual_bits), e.g. {{'model.embed_tokens': (4, 2)}}"
+        )
+    out: dict[str, EmbeddingBits] = {}
+    for name, bits in value.items():
+        where = f"embeddings[{name!r}]"
+        if not isinstance(bits, (tuple, list)) or not bits or not isinstance(bits[0], (tuple, list)):
+            out[name] = _bits(where, bits)
+            continue
+        grades = []
+        for i, grade in enumerate(bits):
+            if not isinstance(grade, (tuple, list)) or len(grade) != 3 or type(grade[0]) is not int or grade[0] < 1:
+                raise ConfigError(
+                    f"{where}[{i}] is {grade!r}: a grade must be (rows, bits, residual_bits) with at least one row, e.g. "
+                    "(8000, 4, 2)"
+                )
+            grades.append((grade[0], *_bits(f"{where}[{i}]", grade[1:])))
+        out[name] = tuple(grades)
+    return EmbeddingsByName(out) if out else None
+
+
+def _as_lists(bits: EmbeddingBits) -> list[Any]:
+    return [list(part) if isinstance(part, tuple) else part for part in bits]
 
 
 def _layout_by_name(value: object) -> LayoutByName | None:

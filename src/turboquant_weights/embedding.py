@@ -104,20 +104,23 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):  # type: ignore[override]
     @classmethod
     def like(cls, embedding: nn.Embedding, config: TurboQuantConfig) -> TurboQuantEmbedding:
         """A module with the class and the attributes of ``embedding``, and planes on the meta device."""
-        out = _new(type(embedding))
-        vars(out).update(_state(embedding))
-        del out._parameters["weight"]
+        out: TurboQuantEmbedding = without_weight(cls, embedding)
         out._init_planes(config, "meta", embedding.weight.dtype)
         return out
 
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The dense module that this one stands for, of the class it was made from."""
-        out = self.dense_class.__new__(self.dense_class)
-        own = ("bits", "residual_bits", "group_size", "seed", "quantization_error", "merge_error", "dense_dtype")
-        vars(out).update({key: value for key, value in _state(self).items() if key not in own})
+        out = as_dense_class(self, *_OWN)
         for plane in PLANES:
             del out._parameters[plane]
         out.weight = nn.Parameter(self.dequantize(dtype))
+        return out
+
+    def twin(self, like: nn.Embedding, name: str) -> TurboQuantEmbedding:
+        """A module on the same planes with the class and the attributes of ``like``, which is called ``name`` and tied to
+        this one."""
+        out = self.from_packed(self.packed, like, TurboQuantConfig(**self.settings))
+        check_forward(out, name)
         return out
 
     @property
@@ -130,13 +133,12 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):  # type: ignore[override]
         An id below 0 or above ``num_embeddings - 1`` is an IndexError on the CPU and a device assertion on a GPU, as in
         ``nn.Embedding``.
         """
-        if input.dtype not in (torch.int32, torch.int64):
-            raise QuantizationError(f"TurboQuantEmbedding got ids of {input.dtype}: int32 or int64 is needed")
+        check_ids(input)
         return self._lookup(input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made by quantized_class have no name that pickle could import.
-        return _new, (self.dense_class,), vars(self)
+        return instance_of, (self.dense_class, TurboQuantEmbedding), vars(self)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -146,13 +148,37 @@ class TurboQuantEmbedding(PackedPlanes, nn.Embedding):  # type: ignore[override]
         )
 
 
+_OWN = ("bits", "residual_bits", "group_size", "seed", "quantization_error", "merge_error", "dense_dtype")
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raises a QuantizationError for ids that are no integers."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise QuantizationError(f"TurboQuantEmbedding got ids of {ids.dtype}: int32 or int64 is needed")
+
+
 @functools.cache
-def quantized_class(dense_class: type[nn.Embedding]) -> type[TurboQuantEmbedding]:
-    """The class of the quantized form of ``dense_class``: a subclass of it and of :class:`TurboQuantEmbedding`."""
+def quantized_class(dense_class: type[nn.Embedding], base: type[nn.Embedding]) -> type[Any]:
+    """The class of the quantized form of ``dense_class``: a subclass of it and of ``base``, one of this package's."""
     if dense_class is nn.Embedding:
-        return TurboQuantEmbedding
+        return base
     content = {"dense_class": dense_class, "__module__": __name__, "__doc__": f"``{dense_class.__name__}``, quantized."}
-    return type(f"TurboQuant{dense_class.__name__}", (dense_class, TurboQuantEmbedding), content)
+    return type(f"TurboQuant{dense_class.__name__}", (dense_class, base), content)
+
+
+def without_weight(base: type[nn.Embedding], embedding: nn.Embedding) -> Any:
+    """A module of the quantized class of ``embedding``, with its attributes but no weight in any form yet."""
+    out = instance_of(type(embedding), base)
+    vars(out).update(_state(embedding))
+    del out._parameters["weight"]
+    return out
+
+
+def as_dense_class(module: Any, *own: str) -> nn.Embedding:
+    """The way back: a module of the dense class with all attributes but the ``own`` ones of the quantized class."""
+    out: nn.Embedding = module.dense_class.__new__(module.dense_class)
+    vars(out).update({key: value for key, value in _state(module).items() if key not in own})
+    return out
 
 
 def check_embedding(module: nn.Module, name: str) -> None:
@@ -171,8 +197,9 @@ def check_embedding(module: nn.Module, name: str) -> None:
         )
 
 
-def _new(dense_class: type[nn.Embedding]) -> TurboQuantEmbedding:
-    cls = quantized_class(dense_class)  # type: ignore[arg-type]  # classes are hashable
+def instance_of(dense_class: type[nn.Embedding], base: type[nn.Embedding]) -> Any:
+    """An object of :func:`quantized_class` without any attribute: what pickle calls."""
+    cls: Any = quantized_class(dense_class, base)  # type: ignore[arg-type]  # classes are hashable
     return cls.__new__(cls)
 
 
@@ -182,17 +209,18 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_forward(quantized: TurboQuantEmbedding, name: str) -> None:
+def check_forward(quantized: Any, name: str) -> None:
     """Compares a few lookups with those of the original class on the decoded weight: it may not call ``super().forward``.
 
     Raises:
         QuantizationError: they differ, or cannot be computed.
     """
-    if type(quantized) is TurboQuantEmbedding or quantized.codes.is_meta:
+    device = next(quantized.parameters()).device
+    if quantized.dense_class is nn.Embedding or device.type == "meta":
         return
     n = quantized.num_embeddings
     rows = {0, n // 2, n - 1, *([] if quantized.padding_idx is None else [quantized.padding_idx])}
-    ids = torch.tensor([sorted(rows)], device=quantized.codes.device)
+    ids = torch.tensor([sorted(rows)], device=device)
     results = []
     try:
         for module in (quantized.to_embedding(), quantized):

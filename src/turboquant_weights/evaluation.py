@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .errors import ConfigError, QuantizationError, TurboQuantError
 from .experts import TurboQuantExperts
+from .graded import GRADED, grade_names
 from .linear import dense_weight
 from .planes import PackedPlanes
 
@@ -177,8 +178,9 @@ def layer_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
         ConfigError: ``reference`` has no such layer, or one of another shape.
     """
     errors = {}
+    grades = grade_names(model)
     for name, module in model.named_modules():
-        if isinstance(module, PackedPlanes):
+        if isinstance(module, (PackedPlanes, *GRADED)) and name not in grades:
             try:
                 if isinstance(module, TurboQuantExperts):
                     weight: Tensor = reference.get_parameter(name)
@@ -187,7 +189,7 @@ def layer_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
                     weight = other.weight if isinstance(other, nn.Embedding) else dense_weight(other, name)
             except (AttributeError, QuantizationError) as error:
                 raise ConfigError(f"the reference does not fit the checkpoint: {error}") from None
-            weight = weight.to(module.codes.device, torch.float32)
+            weight = weight.to(next(module.parameters()).device, torch.float32)
             if weight.shape != module.shape:
                 raise ConfigError(f"{name} is {list(weight.shape)} in the reference: the checkpoint was not made from it")
             change = torch.linalg.vector_norm(module.dequantize(torch.float32) - weight)

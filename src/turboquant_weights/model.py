@@ -12,10 +12,11 @@ from torch import nn
 from tqdm import tqdm
 
 from . import reference
-from .config import TurboQuantConfig
+from .config import EmbeddingBits, Grades, TurboQuantConfig, is_graded
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, QuantizationError
 from .experts import TurboQuantExperts, changed, find_stacks, replace_parameter
+from .graded import GradedEmbedding
 from .linear import TurboQuantLinear, dense_weight, is_linear
 from .planes import PackedPlanes
 from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads
@@ -290,30 +291,32 @@ def dense_reasons(model: nn.Module, names: Collection[str], stacks: Mapping[str,
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What is to be done to a model: :func:`prepare` has checked that it can be. ``config`` is that of the checkpoint;
-    ``targets``: linear layers; ``stacks``: expert stacks and their layouts; ``embeddings``: names and settings; ``tied``:
-    heads that get an embedding's planes; ``left``: parameters that might be stacks, and why they are not quantized."""
+    ``targets``: linear layers; ``stacks``: expert stacks and their layouts; ``embeddings``: names and settings, ``grades``:
+    the same of those that are graded; ``tied``: heads that get an embedding's planes; ``left``: parameters that might be
+    stacks, and why they are not quantized."""
 
     model: nn.Module
     config: TurboQuantConfig
     targets: list[str]
     skipped: dict[str, str]
     embeddings: dict[str, TurboQuantConfig]
+    grades: dict[str, Grades]
     tied: dict[str, str]
     stacks: dict[str, str]
     left: dict[str, str]
 
 
-def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
+def prepare(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = False) -> Job:
     """Everything that can be wrong is found here, before anything is replaced.
 
     Raises:
         ConfigError: a pattern matches nothing, the model is quantized already, or it has adapters.
         QuantizationError: nothing to quantize, or a weight has NaN or Inf (names layer and position).
     """
-    job = plan_job(model, config)
+    job = plan_job(model, config, has_text=has_text)
     for name in job.targets:
         reference.check_finite(dense_weight(model.get_submodule(name), name), f"{name}: weight")
-    for name in job.embeddings:
+    for name in (*job.embeddings, *job.grades):
         reference.check_finite(model.get_parameter(f"{name}.weight"), f"{name}: weight")
     for name in job.stacks:
         for index, matrix in enumerate(model.get_parameter(name)):
@@ -321,7 +324,7 @@ def prepare(model: nn.Module, config: TurboQuantConfig) -> Job:
     return job
 
 
-def plan_job(model: nn.Module, config: TurboQuantConfig) -> Job:
+def plan_job(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = False) -> Job:
     """:func:`prepare` without a look at the weights: works on the meta device."""
     if any(isinstance(module, PackedPlanes) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is quantized already: load the original model to quantize it again")
@@ -331,6 +334,8 @@ def plan_job(model: nn.Module, config: TurboQuantConfig) -> Job:
             f"{adapted} has an adapter: merge it, or quantize first and put the adapter on the quantized model"
         )
     embeddings = plan_embeddings(model, config)
+    if not has_text:
+        refuse_grades(embeddings)
     tied = tied_heads(model, embeddings)
     found, left = find_stacks(model, config)
     layers, skipped = plan_layers(model, config.skip, config.layer_bits, tied, found)
@@ -341,7 +346,21 @@ def plan_job(model: nn.Module, config: TurboQuantConfig) -> Job:
     kept = (name for name in skipped if name in found or is_linear(model.get_submodule(name)))
     config = config.exact(layers, kept, embeddings, stacks)
     own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
-    return Job(model, config, targets, skipped, own, tied, stacks, left)
+    grades = {name: own_grades for name in embeddings if (own_grades := config.grades(name)) is not None}
+    return Job(model, config, targets, skipped, own, grades, tied, stacks, left)
+
+
+def refuse_grades(embeddings: Mapping[str, EmbeddingBits]) -> dict[str, tuple[int, int]]:
+    """The same; raises a ConfigError if one of them is graded: without a text nobody knows which rows matter."""
+    out: dict[str, tuple[int, int]] = {}
+    for name, bits in embeddings.items():
+        if is_graded(bits):
+            raise ConfigError(
+                f"embeddings gives {name} grades, and a calibration text must say which rows come first: quantize a loaded "
+                "model with calibration=..., or give it one pair of bits"
+            )
+        out[name] = bits  # type: ignore[assignment]
+    return out
 
 
 def nothing_to_quantize(model: nn.Module, skipped: Mapping[str, str], left: Mapping[str, str]) -> str:
@@ -454,7 +473,7 @@ def experts_report(name: str, new: TurboQuantExperts, seconds: float) -> LayerRe
     )
 
 
-def embedding_report(name: str, new: TurboQuantEmbedding, seconds: float) -> LayerReport:
+def embedding_report(name: str, new: TurboQuantEmbedding | GradedEmbedding, seconds: float) -> LayerReport:
     """Of an embedding that is in place."""
     assert new.quantization_error is not None
     return LayerReport(
@@ -463,7 +482,7 @@ def embedding_report(name: str, new: TurboQuantEmbedding, seconds: float) -> Lay
         out_features=new.num_embeddings,
         in_features=new.embedding_dim,
         error=new.quantization_error,
-        bytes=new.packed.nbytes,
+        bytes=new.nbytes,
         dense_bytes=new.num_embeddings * new.embedding_dim * _DENSE_BYTES,
         seconds=seconds,
         kind="embedding",

@@ -32,10 +32,11 @@ from .checkpoint import (
     validate,
     write_manifest,
 )
-from .config import TurboQuantConfig
+from .config import EmbeddingBits, TurboQuantConfig
 from .embedding import TurboQuantEmbedding
 from .errors import ConfigError, FormatError
 from .experts import TurboQuantExperts, changed, replace_parameter
+from .graded import GradedEmbedding, grade_names
 from .header import read_header
 from .linear import TurboQuantLinear, is_conv1d, is_linear
 from .planes import PLANES, PackedPlanes
@@ -53,6 +54,7 @@ def stored_config(
     """
     layouts = {name: module.layout for name, module in modules.items() if isinstance(module, TurboQuantExperts)}
     linears = {name: module for name, module in modules.items() if isinstance(module, TurboQuantLinear)}
+    parents = grade_names(model)
     embeddings = [name for name in modules if name not in linears and name not in layouts]
     first = next(iter(linears or embeddings or layouts))
     shared = {field: modules[first].settings[field] for field in ("group_size", "seed")}
@@ -69,7 +71,11 @@ def stored_config(
     skip = [name for name, module in model.named_modules() if is_linear(module)]
     parameters = {name for name, _ in model.named_parameters()}
     skip += [name for name in base.skip or () if name in parameters]  # stacks that were left dense
-    return live.exact(layers, skip, {name: bits[name] for name in embeddings}, layouts), first
+    own: dict[str, EmbeddingBits] = {name: bits[name] for name in embeddings if name not in parents}
+    for name in embeddings:
+        if name in parents:
+            own[parents[name]] = model.get_submodule(parents[name]).grades  # type: ignore[assignment]
+    return live.exact(layers, skip, own, layouts), first
 
 
 def save_module(model: nn.Module, folder: str | os.PathLike[str], overwrite: bool) -> None:
@@ -162,6 +168,12 @@ def _declare(model: nn.Module, info: CheckpointInfo, base_only: bool) -> None:
         modules = dict(model.named_modules())
         module, parameter = modules.get(layer.name), getattr(modules.get(path), "_parameters", {}).get(key)
         own = config.for_embedding(layer.name)
+        parent = layer.name.rpartition(".")[0]
+        grades, whole = config.grades(parent), modules.get(parent)
+        if grades is not None and isinstance(whole, nn.Embedding):
+            if not isinstance(whole, GradedEmbedding):
+                replace_embedding(model, parent, GradedEmbedding.like(whole, config, grades))
+            continue
         layout = (config.experts or {}).get(layer.name)
         if layout is not None and parameter is not None and parameter.dim() == 3:
             rows, columns = parameter.shape[1:] if layout == "out_in" else parameter.shape[:0:-1]

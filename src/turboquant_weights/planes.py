@@ -132,10 +132,15 @@ class PackedPlanes(nn.Module):
         return f"{self.bits}+{self.residual_bits}" if self.residual_bits else f"{self.bits}"
 
     @property
+    def nbytes(self) -> int:
+        """Stored bytes: planes, scales and exponents."""
+        return self.packed.nbytes
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: planes, scales and exponents over rows * columns."""
         rows, columns = self.matrix
-        return 8 * self.packed.nbytes / (rows * columns)
+        return 8 * self.nbytes / (rows * columns)
 
     def reset_parameters(self) -> None:
         """Does nothing: the weights are data, and re-initialising a loaded module would destroy them."""

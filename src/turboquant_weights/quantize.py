@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from . import reference
 from .budget import plan_bits
-from .calibration import Calibrator, as_calibration, layout
+from .calibration import LOOKUP_SHARE, Calibrator, as_calibration, layout
 from .config import TurboQuantConfig, with_skip
 from .embedding import TurboQuantEmbedding
-from .errors import ConfigError
+from .errors import ConfigError, QuantizationError
 from .experts import DenseExperts, TurboQuantExperts, dense_stacks, replace_parameter
-from .feedback import quantize_weight_calibrated
+from .feedback import Moments, feedback_gain, quantize_weight_calibrated, rotated_moments
+from .graded import GradedEmbedding, split_rows
 from .linear import TurboQuantLinear, dense_weight
 from .model import (
     Job,
@@ -33,17 +34,17 @@ from .model import (
 )
 from .reference import PackedWeight, Quantized, quantize_weight
 from .resume import BlockStore, fingerprint
-from .stream import BlockStream
+from .sensitivity import VocabularyUse, row_sensitivities, vocabulary_use
+from .stream import Batch, BlockStream
 from .tying import replace_embedding, replace_module
 
 try:
     _VERSION = version("turboquant-weights")
 except PackageNotFoundError:  # run from a source tree that was never installed
     _VERSION = "unknown"
-# Weight of a lookup beside the output head in a tied embedding, in units of the mean square of the final hidden states:
-# rounding SmolLM2's embedding costs 0.12 times as much KL in lookups as in the head.
-_LOOKUP_SHARE = 0.1
-_EMBEDDINGS = "embeddings"  # name of their file in a resume folder
+# Tokens that rank the rows of a graded embedding, at most: what a rare row matters needs more text than anything else.
+_RANKING_TOKENS = 1 << 18
+_EMBEDDINGS, _ORDERS = "embeddings", "orders"  # names of their files in a resume folder
 
 
 def quantize_model(
@@ -102,13 +103,14 @@ def quantize_model(
     settings = as_calibration(calibration)
     tokens = settings.tokens(tokenizer)
     device = torch.device(settings.device) if settings.device is not None else next(model.parameters()).device
-    prepare(model, dataclasses.replace(config, layer_bits=None, embeddings=None))  # finds what is wrong before minutes pass
+    # Finds what is wrong before minutes pass.
+    prepare(model, dataclasses.replace(config, layer_bits=None, embeddings=None), has_text=True)
     store = None
     if settings.resume is not None:
         request = {"config": config.to_dict(), "budget": budget, "version": _VERSION}
         store = BlockStore(settings.resume, fingerprint(model, request, tokens))
     config, expected = _to_budget(model, config, budget, tokens, device, store, progress)
-    job = prepare(model, config)
+    job = prepare(model, config, has_text=True)
     layers, uncalibrated = _calibrated(job, tokens, device, store, progress)
     return finish(job, layers, time.perf_counter() - start, expected_kl=expected, uncalibrated=uncalibrated)
 
@@ -186,32 +188,97 @@ def _calibrated(
 @torch.no_grad()
 def _embeddings(
     job: Job, calibrator: Calibrator, store: BlockStore | None, progress: bool
-) -> dict[str, TurboQuantEmbedding]:
+) -> dict[str, TurboQuantEmbedding | GradedEmbedding]:
     """Rounds the embeddings and lets the dense ones, and what is tied to them, compute with the result."""
-    kept = None if store is None or not job.embeddings else store.load(_EMBEDDINGS, job.embeddings)
-    out = {}
-    for name, config in job.embeddings.items():
+    stored = [*job.embeddings, *(f"{name}.{i}" for name, grades in job.grades.items() for i in range(len(grades)))]
+    kept = None if store is None or not stored else store.load(_EMBEDDINGS, stored)
+    orders = None if store is None or not job.grades else store.load_tensors(_ORDERS, job.grades)
+    if kept is None or (job.grades and orders is None):
+        kept, orders = _round_embeddings(job, calibrator, progress) if stored else ({}, {})
+        if store is not None and stored:
+            store.save_tensors(_ORDERS, orders)
+            store.save(_EMBEDDINGS, kept)
+    out: dict[str, TurboQuantEmbedding | GradedEmbedding] = {}
+    for name in (*job.embeddings, *job.grades):
         old = job.model.get_submodule(name)
         assert isinstance(old, nn.Embedding)
-        heads = [head for head, embedding in job.tied.items() if embedding == name]
-        if kept is not None:
-            quantized = kept[name]
-        elif heads:
-            moments = calibrator.head_moments(heads[0], progress=progress)
-            moments.add_white(_LOOKUP_SHARE)
-            planes = quantize_weight_calibrated(
-                old.weight, moments.feedback(config.group_size, config.seed), name=name, **layout(config)
-            )
-            quantized = Quantized(planes, reference.relative_error(old.weight, planes, **layout(config)))
+        where = old.weight.device
+        new: TurboQuantEmbedding | GradedEmbedding
+        if name in job.grades:
+            grades = job.grades[name]
+            parts = [kept[f"{name}.{i}"] for i in range(len(grades))]
+            planes = [_on(part.weight, where) for part in parts]
+            assert orders is not None
+            new = GradedEmbedding.from_packed(planes, orders[name].to(where), old, job.config, grades)
+            for module, part in zip(new.parts, parts, strict=True):
+                module.quantization_error = part.error
+            new.quantization_error = _error_of(new, old.weight)
         else:
-            quantized = quantize_weight(old.weight, name=name, **layout(config))
-        planes = _on(quantized.weight, old.weight.device)
-        out[name] = TurboQuantEmbedding.from_packed(planes, old, config)
-        out[name].quantization_error = quantized.error
-        old.weight.data = out[name].dequantize(old.weight.dtype)
-    if store is not None and kept is None and out:
-        store.save(_EMBEDDINGS, {name: Quantized(new.packed, new.quantization_error or 0.0) for name, new in out.items()})
+            new = TurboQuantEmbedding.from_packed(_on(kept[name].weight, where), old, job.embeddings[name])
+            new.quantization_error = kept[name].error
+        old.weight.data = new.dequantize(old.weight.dtype)
+        out[name] = new
     return out
+
+
+def _round_embeddings(job: Job, calibrator: Calibrator, progress: bool) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """Planes of each embedding or grade, and the order of the rows of each graded one."""
+    found: dict[str, Quantized] = {}
+    orders: dict[str, Tensor] = {}
+    batches: Sequence[Batch] = ()
+    if job.grades or any(name in job.tied.values() for name in job.embeddings):
+        batches = calibrator.last_hidden(progress=progress)
+    for name in (*job.embeddings, *job.grades):
+        old = job.model.get_submodule(name)
+        assert isinstance(old, nn.Embedding)
+        head = next((head for head, embedding in job.tied.items() if embedding == name), None)
+        grades = job.grades.get(name)
+        if grades is None:
+            moments = None if head is None else calibrator.head_moments(head, batches)
+            parts = [(name, old.weight, job.embeddings[name])]
+        else:
+            module = None if head is None else job.model.get_submodule(head)
+            use = vocabulary_use(calibrator.stream, batches, module, _RANKING_TOKENS)
+            moments = None if use is None else use.moments
+            ranking = None if use is None else _ranking(old.weight, use, moments, job.config)
+            if ranking is None:
+                raise QuantizationError(
+                    f"{name} has grades, but {type(job.model).__name__} returns no logits for its rows, which would rank "
+                    "them: give it one pair of bits"
+                )
+            orders[name], rows = split_rows(ranking, grades)
+            orders[name] = orders[name].cpu()
+            parts = [
+                (f"{name}.{i}", old.weight[chosen], own)
+                for i, chosen in enumerate(rows)
+                if (own := job.config.for_embedding(f"{name}.{i}")) is not None
+            ]
+        if moments is not None:
+            moments.add_white(LOOKUP_SHARE)
+        for part, weight, config in parts:
+            if moments is None:
+                found[part] = quantize_weight(weight, name=part, **layout(config))
+                continue
+            feedback = moments.feedback(config.group_size, config.seed)
+            planes = quantize_weight_calibrated(weight, feedback, name=part, **layout(config))
+            found[part] = Quantized(planes, reference.relative_error(weight, planes, **layout(config)))
+    return found, orders
+
+
+def _ranking(weight: Tensor, use: VocabularyUse, moments: Moments | None, config: TurboQuantConfig) -> Tensor | None:
+    gain = 1.0
+    if moments is not None:
+        gain = feedback_gain(rotated_moments(moments.now, config.group_size, config.seed))
+    return row_sensitivities(weight, use, gain)
+
+
+def _error_of(new: GradedEmbedding, weight: Tensor) -> float:
+    """Of all grades together: their own errors weighted with the energies of their rows."""
+    energy = weight.float().square().sum(1).double()[new.order.argsort()]
+    total = float(energy.sum())
+    parts = energy.split([part.shape[0] for part in new.parts])
+    errors = (float(part.sum()) * module.quantization_error for part, module in zip(parts, new.parts, strict=True))
+    return sum(errors) / total if total else 0.0
 
 
 def _on(planes: PackedWeight, device: torch.device) -> PackedWeight:

@@ -106,6 +106,25 @@ class BlockStore:
         errors = json.dumps({name: quantized.error for name, quantized in layers.items()})
         _write(self._path(index), lambda path: save_file(tensors, path, metadata={"errors": errors}))
 
+    def load_tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor] | None:
+        """What :meth:`save_tensors` wrote under this name; None if nothing.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): delete it, and its part is done again") from None
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors that are no planes: whole, or not at all."""
+        _write(self._path(name), lambda path: save_file(dict(tensors), path))
+
     def _path(self, index: int | str) -> Path:
         return (
             self.folder / f"block-{index:05d}.safetensors"

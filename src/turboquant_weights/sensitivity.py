@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from .linear import is_conv1d
 from .stream import Batch, BlockStream
 
 _SEED = 0  # of the labels
+# What rounding the rows of a tied embedding costs where they are looked up, over what it costs in the head: SmolLM2's.
+_LOOKUP_COST = 0.12
+_LOGIT_ROWS = 512  # tokens at a time: bounds the memory for probabilities
 
 
 class Fisher:
@@ -121,6 +124,84 @@ def feedback_gains(
                     rotated = rotated_moments(seen.pop(names[0]).now, config.group_size, config.seed)
                     gains.update(dict.fromkeys(names, feedback_gain(rotated)))
     return gains
+
+
+class VocabularyUse(NamedTuple):
+    """What a text makes of the rows of a vocabulary.
+
+    ``frequency`` float64 [n]: the mean probability of each token, which is a smoother estimate than a count. Of an output
+    head also ``outputs`` float64 [n], the mean of ``p (1 - p) |h|^2`` with ``h`` its input, and ``moments`` of ``h``.
+    """
+
+    frequency: Tensor
+    outputs: Tensor | None
+    moments: Moments | None
+
+
+@torch.no_grad()
+def vocabulary_use(
+    stream: BlockStream, batches: Sequence[Batch], head: nn.Module | None, tokens: int
+) -> VocabularyUse | None:
+    """Measures it. None if the model does not return logits.
+
+    Args:
+        stream: Open. batches: Behind the last block. head: The output head whose inputs count. tokens: Read at most.
+    """
+    if not stream.has_logits:
+        return None
+    seen: list[Tensor] = []
+    handle = None if head is None else head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    frequency: Tensor | None = None
+    outputs: Tensor | None = None
+    moments: Moments | None = None
+    count = 0
+    try:
+        windows = ((batch.tokens[i : i + 1], batch.hidden[i : i + 1]) for batch in batches for i in range(len(batch.tokens)))
+        for ids, hidden in windows:
+            if count >= tokens:
+                break
+            logits = stream.tail(ids, hidden).flatten(0, -2)
+            inputs = seen.pop().flatten(0, -2) if head is not None else None
+            for start in range(0, len(logits), _LOGIT_ROWS):
+                p = logits[start : start + _LOGIT_ROWS].float().softmax(-1)
+                if frequency is None:
+                    frequency = torch.zeros(p.shape[1], dtype=torch.float64, device=p.device)
+                    outputs = torch.zeros_like(frequency)
+                frequency += p.sum(0)
+                if inputs is not None:
+                    assert outputs is not None
+                    energy = inputs[start : start + _LOGIT_ROWS].float().square().sum(1)
+                    outputs += energy @ (p * (1 - p))
+            if inputs is not None:
+                moments = moments or Moments(inputs.shape[1], inputs.device)
+                moments.add(inputs)
+            count += len(logits)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if frequency is None or outputs is None:
+        return None
+    return VocabularyUse(frequency / count, outputs / count if head is not None else None, moments)
+
+
+def row_sensitivities(weight: Tensor, use: VocabularyUse, gain: float) -> Tensor | None:
+    """Sensitivity of each row of a tied embedding, float64 [n], nats per token and unit of relative squared error; of an
+    embedding alone in any unit. None if the logits are not those of its rows.
+
+    An error ``e`` of row ``v`` changes a logit by ``e h``, and the KL divergence, to second order, by half the variance of
+    that under ``p``: ``1/2 p (1 - p) (e h)^2`` for errors that are independent between rows.
+
+    Args:
+        weight: [n, k]. gain: What error feedback leaves of the head's part; a lookup has none.
+    """
+    if weight.shape[0] != len(use.frequency):
+        return None
+    norms = weight.float().square().mean(1).double()
+    lookups = norms * use.frequency.to(norms.device)
+    if use.outputs is None:
+        return lookups
+    head = 0.5 * norms * use.outputs.to(norms.device)
+    return gain * head + lookups * (_LOOKUP_COST * head.sum() / lookups.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def _backward(

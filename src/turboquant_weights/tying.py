@@ -12,25 +12,27 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .config import BitsByName, TurboQuantConfig
-from .embedding import TurboQuantEmbedding, check_embedding, check_forward
+from .config import EmbeddingBits, EmbeddingsByName, TurboQuantConfig, is_graded
+from .embedding import TurboQuantEmbedding, check_embedding
 from .errors import ConfigError
+from .graded import GradedEmbedding, GradedHead, check_rows
 from .linear import TurboQuantLinear
 
 
-def plan_embeddings(model: nn.Module, config: TurboQuantConfig) -> dict[str, tuple[int, int]]:
-    """Name -> ``(bits, residual_bits)`` of each embedding that ``config.embeddings`` asks for. Works on the meta device.
+def plan_embeddings(model: nn.Module, config: TurboQuantConfig) -> dict[str, EmbeddingBits]:
+    """Name -> ``(bits, residual_bits)``, or the grades, of each embedding that ``config.embeddings`` asks for. Works on the
+    meta device.
 
     Of embeddings tied to each other one is named: the one whose weight the model's files hold.
 
     Raises:
-        ConfigError: a pattern matches no embedding, tied embeddings get different bits, or a weight is also used by a module
-            that cannot read planes.
+        ConfigError: a pattern matches no embedding, tied embeddings get different bits, grades have another number of rows,
+            or a weight is also used by a module that cannot read planes.
         QuantizationError: an embedding cannot be quantized.
     """
     if config.embeddings is None:
         return {}
-    assert isinstance(config.embeddings, BitsByName)
+    assert isinstance(config.embeddings, EmbeddingsByName)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for pattern in config.embeddings:
         if pattern not in modules and not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
@@ -38,8 +40,8 @@ def plan_embeddings(model: nn.Module, config: TurboQuantConfig) -> dict[str, tup
                 f"embeddings pattern {pattern!r} matches no embedding of {type(model).__name__}: "
                 f"it has {', '.join(list(modules)[:5]) or 'none at all'}"
             )
-    plan: dict[str, tuple[int, int]] = {}
-    for name in modules:
+    plan: dict[str, EmbeddingBits] = {}
+    for name, embedding in modules.items():
         decisive = config.embeddings.pattern_for(name)
         if decisive is None:
             continue
@@ -54,6 +56,8 @@ def plan_embeddings(model: nn.Module, config: TurboQuantConfig) -> dict[str, tup
                 )
         stored = _stored_name(model, [other for other, module in sharing.items() if isinstance(module, nn.Embedding)])
         bits = config.embeddings[decisive]
+        if is_graded(bits):
+            check_rows(bits, embedding.num_embeddings, name)  # type: ignore[arg-type]
         if plan.setdefault(stored, bits) != bits:
             raise ConfigError(f"{name} and {stored} share one weight, but embeddings gives them {bits} and {plan[stored]}")
     return plan
@@ -74,29 +78,34 @@ def tied_modules(model: nn.Module, embeddings: Iterable[str]) -> dict[str, str]:
     return {name: embedding for embedding in embeddings for name in _sharing(model, embedding)}
 
 
-def replace_embedding(model: nn.Module, name: str, new: TurboQuantEmbedding) -> list[str]:
+def replace_embedding(model: nn.Module, name: str, new: TurboQuantEmbedding | GradedEmbedding) -> list[str]:
     """Puts ``new`` in the place of the embedding ``name``, and modules on the same planes in that of whatever is tied to it.
 
     Returns:
-        The names of the linear layers (output heads) that became a :class:`TurboQuantLinear`.
+        The names of the linear layers (output heads) that became a :class:`TurboQuantLinear` or a :class:`GradedHead`.
     """
-    config = TurboQuantConfig(**new.settings)
     heads = []
     for other, module in _sharing(model, name).items():
-        replacement: TurboQuantEmbedding | TurboQuantLinear
+        replacement: nn.Module
         if other == name:
             replacement = new
         elif isinstance(module, nn.Embedding):
-            replacement = TurboQuantEmbedding.from_packed(new.packed, module, config)
-            check_forward(replacement, other)
+            replacement = new.twin(module, other)
         else:
             assert isinstance(module, nn.Linear)
-            replacement = TurboQuantLinear.from_packed(new.packed, new.embedding_dim, module.bias, config)
+            replacement = _head(new, module.bias)
             heads.append(other)
-        replacement.quantization_error = new.quantization_error
-        replacement.dense_dtype = new.dense_dtype
+        replacement.quantization_error = new.quantization_error  # type: ignore[assignment]
+        replacement.dense_dtype = new.dense_dtype  # type: ignore[assignment]
         replace_module(model, other, replacement.train(module.training))
     return heads
+
+
+def _head(embedding: TurboQuantEmbedding | GradedEmbedding, bias: nn.Parameter | None) -> nn.Module:
+    if isinstance(embedding, GradedEmbedding):
+        return GradedHead(embedding, bias)
+    config = TurboQuantConfig(**embedding.settings)
+    return TurboQuantLinear.from_packed(embedding.packed, embedding.embedding_dim, bias, config)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

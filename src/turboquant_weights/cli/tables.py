@@ -15,6 +15,7 @@ from rich.table import Table
 from ..allocation import Allocation
 from ..budget import BitPlan
 from ..checkpoint import CheckpointInfo
+from ..config import EmbeddingBits, is_graded
 from ..errors import ConfigError
 from ..evaluation import Evaluation
 
@@ -198,10 +199,13 @@ def print_plan(model: str, plan: BitPlan, allocations: Sequence[Allocation], lay
         )
 
 
-def bits_label(bits: tuple[int, int] | None) -> str:
-    """``4``, ``4+2`` or ``bf16``."""
+def bits_label(bits: EmbeddingBits | None) -> str:
+    """``4``, ``4+2`` or ``bf16``; of grades with their shares of the rows: ``4+2 (12 %), 4 (88 %)``."""
     if bits is None:
         return "bf16"
+    if is_graded(bits):
+        total = sum(rows for rows, _, _ in bits)  # type: ignore[misc]
+        return ", ".join(f"{bits_label((b, r))} ({100 * rows / total:.0f} %)" for rows, b, r in bits)  # type: ignore[misc]
     return f"{bits[0]}+{bits[1]}" if bits[1] else str(bits[0])
 
 

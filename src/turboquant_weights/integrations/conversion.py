@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..checkpoint import atomic_folder, check_replaceable
 from ..errors import ConfigError
 from ..experts import TurboQuantExperts
+from ..graded import GRADED, grade_names
 from ..int4 import GROUP_SIZES, PER_WORD, round_to_int4
 from ..linear import is_conv1d
 from ..planes import PackedPlanes
@@ -214,12 +215,13 @@ def _skeleton(model: Any) -> Any:
     return skeleton
 
 
-def _dense_names(model: Any) -> dict[str, PackedPlanes]:
+def _dense_names(model: Any) -> dict[str, Any]:
     """Name of a dense model's tensor -> the quantized layer that stands for it."""
+    grades = grade_names(model)
     return {
         name if isinstance(module, TurboQuantExperts) else f"{name}{_WEIGHT}": module
         for name, module in model.named_modules()
-        if isinstance(module, PackedPlanes)
+        if isinstance(module, (PackedPlanes, *GRADED)) and name not in grades
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 
-from ..config import TurboQuantConfig
+from ..config import EmbeddingBits, TurboQuantConfig, is_graded
 
 LOAD_WITH = "turboquant_weights.load(folder), or `import turboquant_weights` before from_pretrained"
 
@@ -58,13 +58,19 @@ def model_card(title: str, config: TurboQuantConfig) -> str:
         front=front,
         config=config,
         bits=_bits(config),
-        embeddings=", ".join(f"`{name}`: {_label(*bits)}" for name, bits in (config.embeddings or {}).items())
+        embeddings=", ".join(f"`{name}`: {_embedding_label(bits)}" for name, bits in (config.embeddings or {}).items())
         or "left as they were",
         experts=f"| quantized stacks of experts | {len(config.experts)} |\n" if config.experts else "",
         base_only=_BASE_ONLY if config != config.base_only() else "",
         skipped=", ".join(f"`{name}`" for name in config.skip or ()) or "none",
         provenance="".join(f"| {key} | `{value}` |\n" for key, value in source.items()),
     )
+
+
+def _embedding_label(bits: EmbeddingBits) -> str:
+    if not is_graded(bits):
+        return _label(*bits)
+    return ", ".join(f"{_label(b, r)} in {rows} rows" for rows, b, r in bits)  # type: ignore[misc]
 
 
 def _label(bits: int, residual_bits: int) -> str:

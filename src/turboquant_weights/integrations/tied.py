@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..graded import GRADED
 from ..planes import PLANES, PackedPlanes
 
 
@@ -96,6 +97,10 @@ def _by_plane(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
         planes, same = modules.get(layer), modules.get(other)
         if part == "weight" and isinstance(planes, PackedPlanes) and isinstance(same, PackedPlanes) and _equal(planes, same):
             out.update({f"{layer}.{p}": f"{other}.{p}" for p in PLANES if getattr(planes, p) is not None})
+        elif part == "weight" and isinstance(planes, GRADED) and isinstance(same, GRADED) and planes.order is same.order:
+            out[f"{layer}.order"] = f"{other}.order"
+            for i, grade in enumerate(planes.parts):
+                out.update({f"{layer}.{i}.{p}": f"{other}.{i}.{p}" for p in PLANES if getattr(grade, p) is not None})
         else:
             out[target] = source
     return out

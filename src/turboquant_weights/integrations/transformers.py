@@ -59,6 +59,7 @@ from ..config import QUANT_METHOD, TurboQuantConfig
 from ..embedding import TurboQuantEmbedding
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..experts import TurboQuantExperts, find_stacks, replace_parameter
+from ..graded import GRADED, GradedEmbedding, GradedHead, is_order
 from ..header import TensorInfo, read_header, read_json
 from ..linear import TurboQuantLinear, is_conv1d, is_linear
 from ..modules import stored_config
@@ -74,7 +75,7 @@ logger = logging.get_logger(__name__)
 
 # Safetensors' names of the dtypes that a parameter may be stored in.
 _FLOATS = ("F16", "BF16", "F32")
-_DTYPES = {torch.uint8: ("U8",), torch.int8: ("I8",)}
+_DTYPES = {torch.uint8: ("U8",), torch.int8: ("I8",), torch.int32: ("I32",)}
 # True while `load(base_only=True)` runs: the quantizer is built deep inside from_pretrained, out of reach of arguments.
 _base_only: contextvars.ContextVar[bool] = contextvars.ContextVar("turboquant_base_only", default=False)
 
@@ -282,9 +283,15 @@ class TurboQuantHfQuantizer(HfQuantizer):
         with torch.device("meta"):  # says which layers were Conv1D, and what is tied
             skeleton = type(model)(copy.deepcopy(model.config))
         tied = {key.rpartition(".")[0]: source.rpartition(".")[0] for key, source in model.all_tied_weights_keys.items()}
+        weights: dict[str, nn.Parameter] = {}  # sources come before what is tied to them
+        graded = {name: module for name, module in model.named_modules() if isinstance(module, GRADED)}
+        for name in sorted(graded, key=lambda name: f"{name}.order" in model.all_tied_weights_keys):
+            shared = weights.get(tied.get(name, ""))
+            dense = _dense_graded(graded[name], skeleton.get_submodule(name), dtype, shared)
+            weights[name] = dense.get_parameter("weight")
+            replace_module(model, name, dense)
         modules = stored_modules(model)
         modules |= {name: module for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
-        weights: dict[str, nn.Parameter] = {}  # sources come before what is tied to them
         for name, module in modules.items():
             if isinstance(module, TurboQuantExperts):
                 replace_parameter(model, name, nn.Parameter(module.dequantize(dtype)))
@@ -300,7 +307,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
 
     def _plan(self, model: Any) -> None:
         config = self.quantization_config
-        self._planned = plan_embeddings(model, config)
+        self._planned = walker.refuse_grades(plan_embeddings(model, config))
         heads = tied_heads(model, self._planned)
         stacks, self._left = find_stacks(model, config)
         targets, skipped = walker.plan_layers(model, config.skip, config.layer_bits, heads, stacks)
@@ -431,8 +438,10 @@ class TurboQuantHfQuantizer(HfQuantizer):
             if name in layouts and parameter.dim() == 3:
                 replace_parameter(model, name, TurboQuantExperts.like(parameter, layouts[name], config.for_layer(name)))
         for name, module in list(model.named_modules()):
-            own = config.for_embedding(name)
-            if isinstance(module, nn.Embedding) and own is not None:
+            own, grades = config.for_embedding(name), config.grades(name)
+            if isinstance(module, nn.Embedding) and grades is not None:
+                replace_embedding(model, name, GradedEmbedding.like(module, config, grades))
+            elif isinstance(module, nn.Embedding) and own is not None:
                 replace_embedding(model, name, TurboQuantEmbedding.like(module, own))
         for name, module in list(model.named_modules()):
             if is_linear(module) and name not in skip:
@@ -456,7 +465,7 @@ def _mark_as_initialized(model: Any) -> None:
     """There is nothing to initialise in linear layers and experts: :func:`_check_files` sees to it that all planes come. An
     embedding may have a scale that Transformers must set; its weight carries a mark of its own."""
     for module in model.modules():
-        if isinstance(module, (TurboQuantLinear, TurboQuantExperts)):
+        if isinstance(module, (TurboQuantLinear, TurboQuantExperts, GradedHead)):
             module._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -475,7 +484,7 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
     """
     stored = _stored_tensors(model, files, conversions)
     layers = stored_modules(model)
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, (PackedPlanes, *GRADED))}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] in packed and name not in model.all_tied_weights_keys:
             got = stored.get(name)
@@ -491,7 +500,7 @@ def _check_files(model: Any, files: list[str], conversions: list[Any], drops_res
     dense = {
         name
         for name, module in model.named_modules()
-        if is_linear(module) or (isinstance(module, nn.Embedding) and not isinstance(module, PackedPlanes))
+        if is_linear(module) or (isinstance(module, nn.Embedding) and not isinstance(module, (PackedPlanes, *GRADED)))
     } | {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
     stacks = {name for name, module in layers.items() if isinstance(module, TurboQuantExperts)}
     expected = set()
@@ -539,13 +548,15 @@ def _check_manifest(config: TurboQuantConfig, files: list[str]) -> None:
 
 
 def _check_exponents(model: Any) -> None:
-    """The one range rule of the format, for a model that came through ``from_pretrained`` without :func:`load_quantized`."""
+    """The range rules of the format, for a model that came through ``from_pretrained`` without :func:`load_quantized`."""
     for name, layer in model.named_modules():
         if isinstance(layer, PackedPlanes) and not layer.exponents.is_meta and layer.packed.exponents.max() > MAX_EXPONENT:
             raise FormatError(
                 f"{name}.exponents holds {int(layer.packed.exponents.max())}: exponents must be at most {MAX_EXPONENT}. "
                 "The checkpoint is damaged; fetch it again"
             )
+        if isinstance(layer, GradedEmbedding) and not layer.order.is_meta and not is_order(layer.order):
+            raise FormatError(f"{name}.order does not name every row once: the checkpoint is damaged; fetch it again")
 
 
 def _stored_tensors(model: Any, files: list[str], conversions: list[Any]) -> dict[str, TensorInfo]:
@@ -589,6 +600,22 @@ def _dense_layer(
     if layer.bias is not None:
         dense.bias = layer.bias
     return dense.train(layer.training)
+
+
+def _dense_graded(
+    module: GradedEmbedding | GradedHead, original: nn.Module, dtype: torch.dtype | None, shared: nn.Parameter | None
+) -> nn.Module:
+    """The same for a graded embedding, or a head on its grades."""
+    if isinstance(module, GradedEmbedding):
+        embedding = module.to_embedding(dtype)
+        if shared is not None:
+            embedding.weight = shared
+        return embedding
+    dense = copy.deepcopy(original)
+    dense.weight = nn.Parameter(module.dequantize(dtype)) if shared is None else shared
+    if module.bias is not None:
+        dense.bias = module.bias
+    return dense.train(module.training)
 
 
 def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig, str]:
