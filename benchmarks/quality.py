@@ -10,7 +10,7 @@ to float32, and every row is measured against it in the same run. Rotated method
 the spread is shown. "bits" count everything stored for the tensors that a method quantizes, per weight of theirs (the
 linear layers of the decoder, and in the whole-file rows and llama.cpp's the embedding); the ratio is the whole model in
 bf16 over the whole model as stored, tensors only. The peers are in peers.py and llama_cpp_peer.py. Calibrated methods read
-the package's own calibration text and never an evaluation text.
+the package's own calibration text, with --calibration-text others in addition, and never an evaluation text.
 
 Reference weights lie on a grid of 32-column blocks, so peers with blocks of 32 look better than they are: llama.cpp's
 Q4_0, Q5_0, Q5_1, IQ4_NL and Q8_0 are such; blocks of other peers are 64 and 128.
@@ -200,7 +200,16 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer to use instead of the GGUF's (Gemma before 5.20)")
     parser.add_argument("--windows", type=int, default=32, help="windows of each text")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--calibration-windows", type=int, default=128, help="windows that calibrated rows read")
+    parser.add_argument(
+        "--calibration-windows", type=int, default=128, help="windows of each text that calibrated rows read"
+    )
+    parser.add_argument(
+        "--calibration-text",
+        nargs="*",
+        type=pathlib.Path,
+        default=[],
+        help="UTF-8 files to read after the package's own text",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of rotation seeds of our rows")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file, after every row")
@@ -211,10 +220,12 @@ def main() -> None:
     model = model.eval().to(args.device)
     if args.tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    peers, ours = (
-        PEERS | llama_cpp_rows(args.gguf),
-        our_rows(tokenizer, Calibration(samples=args.calibration_windows, sample_length=args.length)),
+    sources = [calibration_text(), *(path.read_text(encoding="utf-8") for path in args.calibration_text)]
+    calibration = torch.cat(
+        [text_windows(tokenizer, text, args.length, args.calibration_windows, bos=args.bos or None) for text in sources]
     )
+    peers = PEERS | llama_cpp_rows(args.gguf)
+    ours = our_rows(tokenizer, Calibration(calibration, samples=len(calibration), sample_length=calibration.shape[1]))
     chosen = [n for n in (*peers, *ours) if any(fnmatch.fnmatchcase(n, pattern) for pattern in args.rows)]
     if args.list or not chosen:
         print(*(chosen or (*peers, *ours)), sep="\n")
@@ -224,7 +235,6 @@ def main() -> None:
         path.stem: text_windows(tokenizer, path.read_text(encoding="utf-8"), args.length, args.windows, bos=args.bos or None)
         for path in args.text
     }
-    calibration = text_windows(tokenizer, calibration_text(), args.length, args.calibration_windows, bos=args.bos or None)
     on_gpu = args.device.startswith("cuda")
     hardware = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     reference = Remembered(model)

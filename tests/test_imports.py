@@ -21,7 +21,7 @@ LEVELS = [
     {"ops"},
     {"planes"},
     {"linear", "embedding"},
-    {"experts"},
+    {"experts", "graded"},
     {"tying"},
     {"feedback"},
     {"stream"},

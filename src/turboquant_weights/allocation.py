@@ -45,7 +45,7 @@ class Unit:
 
     ``names`` of the modules; ``shapes`` their (rows, columns), a weight shared by several once; ``sensitivity``: nats of KL
     divergence per unit of relative squared error, all layers together. ``rows``: of an embedding that may be graded, that of
-    each row, in falling order.
+    each row, in the order in which they would be graded.
     """
 
     names: tuple[str, ...]
@@ -102,7 +102,13 @@ class Unit:
             ends.append(min(count, (ends[-1] if ends else 0) + round(width / _ROW_STEP) * _ROW_STEP))
             width *= _ROW_RATIO
         starts = [0, *ends[:-1]]
-        runs = [(end - start, sum(self.rows[start:end])) for start, end in zip(starts, ends, strict=True)]
+        runs: list[tuple[int, float]] = []
+        for start, end in zip(starts, ends, strict=True):
+            runs.append((end - start, sum(self.rows[start:end])))
+            # A later run is never worth more bits than an earlier one: where it seems so, they are one.
+            while len(runs) > 1 and runs[-2][1] * runs[-1][0] <= runs[-1][1] * runs[-2][0]:
+                (rows, share), (before, first) = runs.pop(), runs.pop()
+                runs.append((rows + before, share + first))
         costs = {bits: packed_bytes(1, columns, *bits) for bits in _GRADES}
         highest = max(share / rows for rows, share in runs) * ERRORS[_GRADES[0]]
         found: dict[Grades, None] = {}

@@ -204,25 +204,35 @@ def _row_sensitivities(
     config: TurboQuantConfig,
     tokens: int,
 ) -> dict[str, Tensor]:
-    """Of the embedding that the model's input goes through, the sensitivity of each row in falling order, float64 [n] on the
-    CPU, for calibrated rounding. ``stream`` has been run to the end of the blocks."""
+    """Of the embedding that the model's input goes through, the sensitivities of the rows, float64 [n] on the CPU, as one
+    half of the text sees them, the rows in the order that the other half gives them.
+
+    In the order of one and the same text, rows at the end would matter too little: another text uses other rare words. For
+    SmolLM2 the 85 % of the rows that 8,192 tokens need least carry 6 % of what these tokens lose; of the other half's loss
+    they carry 16 %, of WikiText-2's 22 %. ``stream`` has been run to the end of the blocks.
+    """
     inputs = stream.model.get_input_embeddings()  # type: ignore[operator]  # a model of Transformers
     name = next((name for name, embedding in embeddings.items() if embedding.weight is inputs.weight), None)
     if name is None:
         return {}
     head = next((head for head, embedding in heads.items() if embedding == name), None)
     module = None if head is None else stream.model.get_submodule(head)
-    use = sensitivity.vocabulary_use(stream, stream.batches, module, tokens)
-    gain = 1.0
-    if use is not None and use.moments is not None:
-        use.moments.add_white(LOOKUP_SHARE)
-        gain = feedback_gain(rotated_moments(use.moments.now, config.group_size, config.seed))
-    found = None if use is None else sensitivity.row_sensitivities(inputs.weight, use, gain)
-    if found is None:
-        return {}
-    if head is None:
-        found = found * (values[name] / found.sum())
-    return {name: found.sort(descending=True).values.cpu()}
+    found = []
+    for first in range(2) if sum(len(batch.tokens) for batch in stream.batches) > 1 else (0, 0):
+        use = sensitivity.vocabulary_use(stream, stream.batches, module, tokens, first=first, step=2)
+        if use is None:
+            return {}
+        gain = 1.0
+        if use.moments is not None:
+            use.moments.add_white(LOOKUP_SHARE)
+            gain = feedback_gain(rotated_moments(use.moments.now, config.group_size, config.seed))
+        rows = sensitivity.row_sensitivities(inputs.weight, use, gain)
+        if rows is None:
+            return {}
+        found.append(rows)
+    one, other = found
+    crossed = (one[other.argsort(descending=True)] + other[one.argsort(descending=True)]).cpu() / 2
+    return {name: crossed if head is not None else crossed * (values[name] / crossed.sum())}
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:

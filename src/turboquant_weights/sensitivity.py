@@ -19,6 +19,7 @@ that a model needs memory for one block and its gradients.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -140,12 +141,13 @@ class VocabularyUse(NamedTuple):
 
 @torch.no_grad()
 def vocabulary_use(
-    stream: BlockStream, batches: Sequence[Batch], head: nn.Module | None, tokens: int
+    stream: BlockStream, batches: Sequence[Batch], head: nn.Module | None, tokens: int, *, first: int = 0, step: int = 1
 ) -> VocabularyUse | None:
     """Measures it. None if the model does not return logits.
 
     Args:
         stream: Open. batches: Behind the last block. head: The output head whose inputs count. tokens: Read at most.
+        first, step: The windows that are read, counted over all batches: ``first``, ``first + step``, ...
     """
     if not stream.has_logits:
         return None
@@ -157,7 +159,7 @@ def vocabulary_use(
     count = 0
     try:
         windows = ((batch.tokens[i : i + 1], batch.hidden[i : i + 1]) for batch in batches for i in range(len(batch.tokens)))
-        for ids, hidden in windows:
+        for ids, hidden in itertools.islice(windows, first, None, step):
             if count >= tokens:
                 break
             logits = stream.tail(ids, hidden).flatten(0, -2)
