@@ -3,7 +3,8 @@
 The model's own code stays as it is: it calls ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. After :func:`fuse_projections` the
 first of them to see ``x`` computes all three in one layer of concatenated rows, keeps the others' parts, and they hand
 them out when they are called with the same tensor. Rows of a quantized matrix are independent, so the concatenation
-is exact, costs no memory (planes and biases of the members become views of the merged ones), and the rotation of ``x`` is done once.
+is exact, costs no memory (planes and biases of the members become views of the merged ones), and the rotation of ``x``
+is done once.
 
 The results are those of the separate layers up to the order in which a GPU adds float32 products.
 """
@@ -28,6 +29,7 @@ from .rotation import is_autocast_enabled
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 _SHARED = (*PLANES, "bias")  # of the members: views of what is merged
+
 
 def fuse_projections(model: nn.Module, projections: Sequence[Sequence[str]] = PROJECTIONS) -> list[tuple[str, ...]]:
     """Fuses every set of quantized sibling layers named in ``projections``, in place; returns their full names.
@@ -68,6 +70,14 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """An ordinary tensor: no gradient could go through what inference mode makes, nor an optimizer change it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return torch.cat(parts)
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat(parts)
+
+
 class _SharedBias(NamedTuple):
     """Biases of the members in one tensor, of which they are views."""
 
@@ -76,8 +86,8 @@ class _SharedBias(NamedTuple):
     addresses: list[int | None]
 
     def holds(self, biases: Sequence[Tensor | None]) -> bool:
-        """Whether the members' biases are still these. Compiled code asks for the tensors only: it cannot see addresses, and a
-        bias whose memory is replaced under it (by ``bias.data = ...``) must be seen by an eager call first."""
+        """Whether the members' biases are still these. Compiled code asks for the tensors only: it cannot see addresses, so
+        an eager call must see first that the memory of a bias was replaced (``bias.data = ...``)."""
         if torch.compiler.is_compiling():
             return all(now is then for now, then in zip(biases, self.biases, strict=True))
         return [None if bias is None else bias.data_ptr() for bias in biases] == self.addresses and all(
@@ -120,7 +130,7 @@ class _Group:
             columns: list[Tensor | None] = []
             for plane in PLANES:
                 parts = [getattr(member, plane) for member in self.members]
-                columns.append(None if parts[0] is None else torch.cat([part.detach() for part in parts]))
+                columns.append(None if parts[0] is None else _concatenate([part.detach() for part in parts]))
             self.merged = PackedWeight(*columns)  # type: ignore[arg-type]
             for plane, whole in self.merged._asdict().items():
                 if whole is not None:
@@ -138,18 +148,18 @@ class _Group:
         return [m._parameters["bias"] if "bias" in m._parameters else m.bias for m in self.members]  # noqa: SIM401
 
     def _share_bias(self) -> None:
-        """Makes the members' biases views of one tensor, so that it need not be put together in every step of a compiled model.
-        Not those of different types, nor what is not a parameter."""
+        """Makes the members' biases views of one tensor, which a compiled model would else put together in every step. Not
+        those of different types, nor what is not a parameter."""
         biases = self._biases()
         present = [bias for bias in biases if bias is not None]
         self.bias = None
         if not all(type(bias) is nn.Parameter and bias.dtype == present[0].dtype for bias in present) or not present:
             return
-        with torch.inference_mode(False), torch.no_grad():  # an optimizer could not change tensors of inference mode
+        with torch.no_grad():
             whole = self._join(biases)
-            for bias, rows in zip(biases, whole.split(self._sizes()), strict=True):
-                if bias is not None:
-                    bias.data = rows
+        for bias, rows in zip(biases, whole.split(self._sizes()), strict=True):
+            if bias is not None:
+                bias.data = rows
         self.bias = _SharedBias(whole, biases, [None if bias is None else bias.data_ptr() for bias in biases])
 
     def merged_bias(self) -> Tensor | None:
@@ -167,7 +177,7 @@ class _Group:
 
     def _join(self, biases: list[Any]) -> Tensor:
         like = next(bias for bias in biases if bias is not None)
-        return torch.cat(
+        return _concatenate(
             [like.new_zeros(m.out_features) if b is None else b for m, b in zip(self.members, biases, strict=True)]
         )
 
