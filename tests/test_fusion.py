@@ -237,12 +237,15 @@ def test_generation_of_a_transformers_model():
 
 
 def test_saving_a_fused_model(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from tiny_model import write
+    pytest.importorskip("transformers")
+    from tiny_model import tiny_llama
 
     from turboquant_weights import load, save
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(write(tmp_path / "dense"), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = tiny_llama(attention_bias=True).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias)
     quantize_model(model, TurboQuantConfig(bits=4, residual_bits=2))
     separate = copy.deepcopy(model)
     fuse_projections(model)
