@@ -2,20 +2,27 @@
 
     python benchmarks/decode.py --shapes 7b --output benchmarks/results/decode-h100.json
 
-One decoding step is a CUDA graph over a static cache, as a server would run it; `eager` is the same step without a graph.
-The output head stays in bf16, as it does in a quantized checkpoint. Medians.
+A token in three modes: `eager`, as Python runs it; `graph`, a CUDA graph of the eager step; `compiled`, a CUDA graph of the
+step after `torch.compile` of the whole model, the kernels of `generate` with a static cache. `--contexts` are the tokens in
+the cache before the one that is measured; Transformers' default attention (sdpa) reads the whole cache, which has `ROOM`
+more. The output head stays in bf16, as in a quantized checkpoint by default, unless a row names its bits. Medians.
+
+`--profile` adds the device time of a compiled step by group of kernels. Compiling takes half a minute per row, context and
+batch; the same command again finds the kernels in inductor's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import datetime
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,14 @@ from turboquant_weights import TurboQuantConfig, TurboQuantLinear, fuse_projecti
 from turboquant_weights.kernels.tune import random_planes
 
 SHAPES = {
-    "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+    "tiny": dict(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
     "0.5b": dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
     ),
@@ -38,53 +52,116 @@ SHAPES = {
         hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8
     ),
 }
-WEIGHTS = ("bf16", "4", "4 fused", "4+4", "4+4 fused")
-CACHE = 2304
+WEIGHTS = (
+    *("bf16", "4", "4 fused", "4 fused, head 4+2", "4 fused, head 4"),
+    *("4+4", "4+4 fused", "4+4 fused, head 4+4"),
+)
+MODES = ("eager", "graph", "compiled")
+ROOM = 256  # of the cache: steps that can be measured before it is full
+# Kernels by what their names contain, in this order; the rest are the model's norms, rotary embedding, additions and copies.
+GROUPS = {
+    "ours": ("rotating_kernel", "slices_kernel", "splitk_kernel", "rotate_scaled_kernel", "dequantize_kernel"),
+    "attention": ("fmha", "flash", "attention", "cudnn"),
+    "cuBLAS": ("gemm", "gemv", "nvjet", "cublas", "splitKreduce"),
+}
 
 
-def build(shape: str, weights: str) -> Any:
-    """A model with random weights on the GPU; unless they are bf16, its linear layers, but the head, hold random codes."""
-    config = transformers.Qwen2Config(vocab_size=152064, max_position_embeddings=32768, **SHAPES[shape])
+def bits_of(label: str) -> TurboQuantConfig:
+    """
+    >>> bits_of("4+2").residual_bits
+    2
+    """
+    bits, _, residual_bits = label.partition("+")
+    return TurboQuantConfig(bits=int(bits), residual_bits=int(residual_bits or 0))
+
+
+def quantized(linear: torch.nn.Module, settings: TurboQuantConfig, device: str) -> TurboQuantLinear:
+    """A layer of random codes with the shape of ``linear``, its bias still on the meta device."""
+    planes = random_planes(linear.out_features, linear.in_features, settings.residual_bits, device=device)  # type: ignore[arg-type]
+    return TurboQuantLinear.from_packed(planes, linear.in_features, linear.bias, settings)  # type: ignore[arg-type]
+
+
+def build(shape: str, weights: str, device: str = "cuda") -> Any:
+    """A model with random weights; unless they are bf16, the linear layers of its decoder hold random codes."""
+    config = transformers.Qwen2Config(**dict(vocab_size=152064, max_position_embeddings=32768) | SHAPES[shape])
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    if weights != "bf16":
-        settings = TurboQuantConfig(bits=4, residual_bits=4 if weights.startswith("4+4") else 0)
+    body, _, head = weights.partition(", head ")
+    if body != "bf16":
+        settings = bits_of(body.split()[0])
         for name, module in list(model.model.named_modules()):
             if type(module) is torch.nn.Linear:
-                planes = random_planes(module.out_features, module.in_features, settings.residual_bits)
-                bias = None if module.bias is None else torch.empty(module.out_features, device="meta", dtype=torch.bfloat16)
-                layer = TurboQuantLinear.from_packed(planes, module.in_features, bias, settings)
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.model.get_submodule(parent), leaf, layer)
+                setattr(model.model.get_submodule(parent), leaf, quantized(module, settings, device))
+    if head:
+        model.lm_head = quantized(model.lm_head, bits_of(head), device)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                value = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
+                value = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
                 setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
-    if weights.endswith("fused"):
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    if body.endswith("fused"):
         fuse_projections(model)
     return model
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats + 1):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        synchronize()
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times[1:])
 
 
-def decode_step(model: Any, batch: int) -> Callable[[], object]:
-    """One token for each of ``batch`` sequences, 2,048 tokens into a static cache."""
-    cache = transformers.StaticCache(config=model.config, max_cache_len=CACHE)
-    tokens = torch.randint(0, 152064, (batch, 1), device="cuda")
-    position = torch.tensor([2048], device="cuda")
-    arguments = dict(past_key_values=cache, cache_position=position, position_ids=position[None], use_cache=True)
-    return lambda: model(tokens, **arguments).logits
+class Step:
+    """One token for each of ``batch`` sequences that have ``context`` in a static cache."""
+
+    def __init__(self, model: Any, batch: int, context: int, device: str = "cuda") -> None:
+        self.model, self.context = model, context
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=context + ROOM)
+        self.tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=device)
+        self.position = torch.tensor([[context]], device=device)
+        self()  # allocates the cache
+
+    def rewind(self) -> None:
+        """Every call appends to the cache; forgets what came after the context."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.context)  # type: ignore[union-attr]
+
+    def __call__(self) -> torch.Tensor:
+        out: torch.Tensor = self.model(
+            self.tokens, past_key_values=self.cache, position_ids=self.position, use_cache=True
+        ).logits
+        return out
+
+
+def compiled(step: Step, backend: str | Callable[..., Any] = "inductor") -> tuple[Callable[[], torch.Tensor], float]:
+    """The step with its model compiled as one graph, and the seconds that took."""
+    torch._dynamo.reset()
+    # By itself inductor times two versions of each elementwise kernel, and noise decides. For the one that repeats keys and
+    # values of 2,304 tokens it was 6.6 or 11.2 us, 56 times in a step: every row is to have the same.
+    options = {"triton.autotune_pointwise": False} if backend == "inductor" else None
+    model = torch.compile(step.model, backend=backend, options=options, fullgraph=True, dynamic=False)
+    arguments = dict(past_key_values=step.cache, position_ids=step.position, use_cache=True)
+
+    def call() -> torch.Tensor:
+        out: torch.Tensor = model(step.tokens, **arguments).logits
+        return out
+
+    start = time.perf_counter()
+    step.rewind()
+    call()
+    synchronize()
+    return call, time.perf_counter() - start
 
 
 def graph_of(step: Callable[[], object]) -> Callable[[], object]:
@@ -99,8 +176,60 @@ def graph_of(step: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def group_of(kernel: str) -> str:
+    """
+    >>> group_of("nvjet_sm90_tst_64x8"), group_of("triton_red_fused_add_mean_0"), group_of("fmha_cutlassF_bf16")
+    ('cuBLAS', 'rest', 'attention')
+    """
+    return next((group for group, parts in GROUPS.items() if any(part in kernel for part in parts)), "rest")
+
+
+def profile(replay: Callable[[], object], repeats: int = 5) -> dict[str, Any]:
+    """Microseconds of device time and kernels per step by group, and the longest kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            replay()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = collections.defaultdict(list)
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.device_time)
+    groups: dict[str, dict[str, float]] = {}
+    for name, times in kernels.items():
+        group = groups.setdefault(group_of(name), dict(us=0.0, kernels=0))
+        group["us"] = round(group["us"] + sum(times) / repeats, 1)
+        group["kernels"] += len(times) // repeats
+    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:24]
+    return dict(
+        groups=groups,
+        longest=[dict(name=n[:120], us=round(statistics.mean(t), 2), per_step=len(t) // repeats) for n, t in longest],
+    )
+
+
+def decoding(model: Any, batch: int, context: int, modes: Sequence[str], profiled: bool) -> dict[str, Any]:
+    step = Step(model, batch, context)
+    row: dict[str, Any] = dict(context=context, batch=batch)
+
+    def timed(call: Callable[[], object], repeats: int) -> float:
+        step.rewind()
+        return round(milliseconds(call, repeats), 3)
+
+    if "eager" in modes:
+        row["eager_ms"] = timed(step, 10)
+    if "graph" in modes:
+        row["graph_ms"] = timed(graph_of(step), 30)
+    if "compiled" in modes:
+        call, row["compile_s"] = compiled(step)
+        replay = graph_of(call)
+        row["compiled_ms"] = timed(replay, 100)
+        if profiled:
+            step.rewind()
+            row["profile"] = profile(replay)
+    return row
+
+
 @torch.inference_mode()
-def measure(shape: str, weights: str, batches: list[int]) -> dict:
+def measure(shape: str, weights: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = build(shape, weights)
@@ -110,39 +239,61 @@ def measure(shape: str, weights: str, batches: list[int]) -> dict:
         if isinstance(module, torch.nn.Linear)
         for parameter in module.parameters()
     )
-    row: dict = dict(shape=shape, weights=weights, linear_GB=round(linear_bytes / 1e9, 3), decode={})
+    row: dict[str, Any] = dict(shape=shape, weights=weights, linear_GB=round(linear_bytes / 1e9, 3))
     row["resident_GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
-    for batch in batches:
-        step = decode_step(model, batch)
-        step()
-        eager = milliseconds(step, 10)
-        graph = milliseconds(graph_of(step), 20)
-        row["decode"][batch] = dict(
-            graph_ms=round(graph, 3), eager_ms=round(eager, 3), tokens_per_s=round(batch / graph * 1e3, 1)
-        )
-    prompt = torch.randint(0, 152064, (1, 2048), device="cuda")
+    row["decode"] = [
+        decoding(model, batch, context, [m for m in arguments.modes if m != "compiled" or batch == 1], arguments.profile)
+        for context in arguments.contexts
+        for batch in arguments.batches
+    ]
+    prompt = torch.randint(0, model.config.vocab_size, (1, 2048), device="cuda")
     row["prefill_2048_ms"] = round(milliseconds(lambda: model(prompt, logits_to_keep=1), 5), 2)
     row["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return row
 
 
-def table(report: dict) -> str:
-    """Markdown."""
-    batches = list(report["rows"][0]["decode"])
+def table(report: dict[str, Any]) -> str:
+    """Markdown: tokens/s with the ratio to bf16 of the same shape, context, batch and mode; then device time by group."""
+    milliseconds_of = {
+        (row["shape"], row["weights"], cell["context"], cell["batch"], mode): cell[f"{mode}_ms"]
+        for row in report["rows"]
+        for cell in row["decode"]
+        for mode in MODES
+        if f"{mode}_ms" in cell
+    }
+    modes = [mode for mode in reversed(MODES) if any(key[-1] == mode for key in milliseconds_of)]
+
+    def speed(shape: str, weights: str, context: int, batch: int, mode: str) -> str:
+        mine, base = (milliseconds_of.get((shape, w, context, batch, mode)) for w in (weights, "bf16"))
+        if mine is None:
+            return ""
+        return f"{batch / mine * 1e3:.0f}" + (f" ({base / mine:.2f})" if base and weights != "bf16" else "")
+
     lines = [
         f"{report['gpu']}, PyTorch {report['torch']}, Triton {report['triton']}, Transformers {report['transformers']}, "
-        f"{report['date']}; `{report['command']}`.",
+        f"{report['date']}; `{report['command']}`. Tokens/s (over bf16).",
         "",
-        "| shape | weights | linear layers, GB | " + " | ".join(f"tokens/s, batch {b} (eager)" for b in batches)
-        + " | prefill of 2,048, ms | resident / peak, GB |",
-        "|---|---|---|" + "---|" * (len(batches) + 2),
+        "| shape | weights | context | batch | " + " | ".join(modes) + " | linear layers, GB | resident / peak, GB "
+        "| prefill of 2,048, ms |",
+        "|---|---|---|---|" + "---|" * (len(modes) + 3),
     ]  # fmt: skip
     for row in report["rows"]:
-        speed = " | ".join(f"{d['tokens_per_s']:.0f} ({int(b) / d['eager_ms'] * 1e3:.0f})" for b, d in row["decode"].items())
-        lines.append(
-            f"| {row['shape']} | {row['weights']} | {row['linear_GB']:.2f} | {speed} | {row['prefill_2048_ms']:.1f} "
-            f"| {row['resident_GB']:.1f} / {row['peak_GB']:.1f} |"
-        )
+        for i, cell in enumerate(row["decode"]):
+            key = row["shape"], row["weights"], cell["context"], cell["batch"]
+            cells = " | ".join(speed(*key, mode) for mode in modes)
+            memory = "" if i else f"{row['resident_GB']:.1f} / {row['peak_GB']:.1f}"
+            linear, prefill = ("", "") if i else (f"{row['linear_GB']:.2f}", f"{row['prefill_2048_ms']:.1f}")
+            lines.append(f"| {' | '.join(map(str, key))} | {cells} | {linear} | {memory} | {prefill} |")
+    profiles = [(row, cell) for row in report["rows"] for cell in row["decode"] if "profile" in cell]
+    if profiles:
+        names = [*GROUPS, "rest"]
+        lines += ["", "Device time of a compiled step, microseconds (kernels):", ""]
+        lines += ["| shape | weights | context | step | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
+    for row, cell in profiles:
+        groups = cell["profile"]["groups"]
+        parts = [f"{groups[n]['us']:.0f} ({groups[n]['kernels']})" if n in groups else "" for n in names]
+        step = f"{cell['compiled_ms'] * 1e3:.0f}"
+        lines.append(f"| {row['shape']} | {row['weights']} | {cell['context']} | {step} | {' | '.join(parts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -150,23 +301,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5b", "7b", "32b"])
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 2048])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="compiled: at batch 1 only")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file for the results; a table goes beside it")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/decode.py needs a CUDA GPU")
-    report: dict = dict(
+    report: dict[str, Any] = dict(
         gpu=torch.cuda.get_device_name(),
         torch=torch.__version__,
         triton=triton.__version__,
         transformers=transformers.__version__,
         date=datetime.date.today().isoformat(),
-        command=" ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        command=shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
         rows=[],
     )
     for shape in arguments.shapes:
         for weights in arguments.weights:
-            report["rows"].append(measure(shape, weights, arguments.batches))
+            report["rows"].append(measure(shape, weights, arguments))
             gc.collect()
             print(report["rows"][-1], flush=True)
             if arguments.output:

@@ -191,3 +191,54 @@ def test_experts(benchmark) -> None:
     assert all(0 < row["error"] < 0.02 for row in rows)
     assert rows[0]["decoded"] == "2 of 4"
     assert rows[1]["megabytes"] < rows[0]["megabytes"] / 2
+
+
+def decode_module(benchmark):
+    """The benchmark of decoding, which needs Transformers and, for its random planes, Triton."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    return benchmark("decode")
+
+
+@pytest.mark.parametrize(
+    ("weights", "products"), [("bf16", 0), ("4", 14), ("4 fused", 8), ("4+4 fused, head 4+4", 9), ("4 fused, head 4+2", 9)]
+)
+def test_a_compiled_step_is_one_graph_with_one_op_per_product(benchmark, weights, products) -> None:
+    decode = decode_module(benchmark)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    with torch.inference_mode():
+        step = decode.Step(decode.build("tiny", weights, "cpu"), batch=1, context=64, device="cpu")
+        step.rewind()
+        expected = step()
+        call, _ = decode.compiled(step, backend)
+        step.rewind()
+        assert torch.equal(call(), expected)
+    assert step.cache.layers[0].cumulative_length == 65  # and not the first token of an empty cache
+    (graph,) = graphs
+    ops = [node for node in graph.nodes if node.target is torch.ops.turboquant_weights.linear_inference.default]
+    assert len(ops) == products
+    # Fused layers read their joined bias: nothing is put together in a step.
+    assert all(node.args[5] is None or node.args[5].op == "placeholder" for node in ops)
+
+
+def test_the_table_of_decoding(benchmark) -> None:
+    decode = decode_module(benchmark)
+    cells = [dict(context=128, batch=1, graph_ms=10.0, compiled_ms=8.0), dict(context=128, batch=8, graph_ms=16.0)]
+    profile = dict(groups={"cuBLAS": dict(us=6000.4, kernels=282), "rest": dict(us=300.0, kernels=200)})
+    memory = dict(shape="7b", linear_GB=13.05, resident_GB=15.28, peak_GB=20.7, prefill_2048_ms=56.8)
+    rows = [
+        dict(memory, weights="bf16", decode=[dict(cells[0], profile=profile), cells[1]]),
+        dict(memory, weights="4", decode=[dict(cells[0], compiled_ms=4.0), cells[1]]),
+    ]
+    about = dict(gpu="GPU", torch="2", triton="3", transformers="5", date="today", command="python benchmarks/decode.py")
+    lines = decode.table(dict(about, rows=rows)).splitlines()
+    assert lines[2].startswith("| shape | weights | context | batch | compiled | graph | linear layers, GB |")
+    assert lines[4] == "| 7b | bf16 | 128 | 1 | 125 | 100 | 13.05 | 15.3 / 20.7 | 56.8 |"
+    assert lines[6] == "| 7b | 4 | 128 | 1 | 250 (2.00) | 100 (1.00) | 13.05 | 15.3 / 20.7 | 56.8 |"
+    assert lines[7] == "| 7b | 4 | 128 | 8 |  | 500 (1.00) |  |  |  |"
+    assert lines[-1] == "| 7b | bf16 | 128 | 8000 |  |  | 6000 (282) | 300 (200) |"

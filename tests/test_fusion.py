@@ -60,6 +60,41 @@ def test_members_share_the_merged_memory(blocks):
     assert len(storages) == 1
 
 
+def test_members_share_one_bias(blocks):
+    """Views of one tensor, whatever becomes of them: training, another dtype, other memory, another parameter."""
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+
+    def joined():
+        with torch.no_grad():
+            close(fused(x), separate(x))
+        biases = [fused.q_proj.bias, fused.v_proj.bias]
+        assert biases[0].untyped_storage().data_ptr() == biases[1].untyped_storage().data_ptr()
+        assert biases[1].data_ptr() == biases[0].data_ptr() + 96 * 4  # 64 of q, 32 zeros of k
+        assert fused.q_proj.group.merged_bias() is not None
+
+    with torch.inference_mode():
+        close(fused(x), separate(x))
+    assert not any(bias.is_inference() for bias in (fused.q_proj.bias, fused.v_proj.bias))
+    joined()
+    optimizers = [torch.optim.SGD([block.q_proj.bias, block.v_proj.bias], lr=0.1) for block in blocks]
+    for block, optimizer in zip(blocks, optimizers, strict=True):
+        block(x).square().sum().backward()
+        optimizer.step()
+    joined()
+    for block in blocks:
+        block.v_proj.bias.data = torch.ones(32)
+    joined()
+    for block in blocks:
+        block.q_proj.bias = torch.nn.Parameter(torch.full((64,), 2.0))
+    joined()
+    for block in blocks:
+        block.q_proj.bias = torch.nn.Parameter(torch.full((64,), 3.0, dtype=torch.bfloat16))
+    with torch.no_grad():  # of another type: joined anew in every call
+        close(fused(x), separate(x))
+    assert fused.q_proj.bias.dtype == torch.bfloat16
+
+
 def test_any_order_other_inputs_and_changed_inputs(blocks):
     separate, fused = blocks
     x, y = torch.randn(3, 96), torch.randn(3, 96)
@@ -113,7 +148,7 @@ def test_state_dict_copy_pickle_dtype_and_back(blocks):
     state = fused.state_dict()
     assert state.keys() == separate.state_dict().keys()
     assert all(torch.equal(value, separate.state_dict()[name]) for name, value in state.items())
-    pointers = [value.untyped_storage().data_ptr() for name, value in state.items() if name.endswith("codes")]
+    pointers = [value.untyped_storage().data_ptr() for name, value in state.items() if name.endswith(("codes", "bias"))]
     assert len(set(pointers)) == len(pointers)  # files cannot hold shared memory
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         close(twin(x), separate(x))
@@ -124,7 +159,8 @@ def test_state_dict_copy_pickle_dtype_and_back(blocks):
     fused.float()
     assert unfuse_projections(fused) == 5
     assert type(fused.q_proj) is TurboQuantLinear
-    assert fused.q_proj.codes.untyped_storage().nbytes() == fused.q_proj.codes.nbytes
+    for tensor in (fused.q_proj.codes, fused.q_proj.bias):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert torch.equal(fused(x), separate(x))
 
 
@@ -162,6 +198,23 @@ def test_compiles_without_graph_breaks(blocks):
         close(compiled(x + 1), separate(x + 1))
 
 
+def test_compiled_code_sees_another_bias(blocks):
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+    with torch.no_grad():
+        fused(x)
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)
+        close(compiled(x), separate(x))
+        for block in blocks:
+            block.q_proj.bias.add_(1)  # in place
+        close(compiled(x), separate(x))
+        for block in blocks:
+            block.v_proj.bias = torch.nn.Parameter(torch.ones(32))
+        close(compiled(x), separate(x))
+        fused(x)
+        close(compiled(x), separate(x))
+
+
 def test_generation_of_a_transformers_model():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -184,12 +237,15 @@ def test_generation_of_a_transformers_model():
 
 
 def test_saving_a_fused_model(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from tiny_model import write
+    pytest.importorskip("transformers")
+    from tiny_model import tiny_llama
 
     from turboquant_weights import load, save
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(write(tmp_path / "dense"), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = tiny_llama(attention_bias=True).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias)
     quantize_model(model, TurboQuantConfig(bits=4, residual_bits=2))
     separate = copy.deepcopy(model)
     fuse_projections(model)

@@ -1,5 +1,7 @@
 """The README's tables are those of the committed result files."""
 
+import importlib
+import json
 import runpy
 from pathlib import Path
 
@@ -33,6 +35,18 @@ def test_kernel_speed():
     rows = [line for line in lines if line.startswith("| ")]
     assert len(rows) == 13
     check(rows)
+
+
+@pytest.mark.parametrize("name", ["decode-h100", "decode-compiled-h100", "decode-compiled-again-h100"])
+def test_decoding_speed(name, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    path = ROOT / f"benchmarks/results/{name}.json"
+    table = importlib.import_module("decode").table(json.loads(path.read_text(encoding="utf-8")))
+    assert table == path.with_suffix(".md").read_text(encoding="utf-8")
+    if "again" not in name:  # the README links to it
+        check([line for line in table.splitlines() if line.startswith("|")])
 
 
 def test_cpu_speed():

@@ -3,7 +3,8 @@
 The model's own code stays as it is: it calls ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. After :func:`fuse_projections` the
 first of them to see ``x`` computes all three in one layer of concatenated rows, keeps the others' parts, and they hand
 them out when they are called with the same tensor. Rows of a quantized matrix are independent, so the concatenation
-is exact, costs no memory (members become views of the merged planes), and the rotation of ``x`` is done once.
+is exact, costs no memory (planes and biases of the members become views of the merged ones), and the rotation of ``x``
+is done once.
 
 The results are those of the separate layers up to the order in which a GPU adds float32 products.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from .rotation import is_autocast_enabled
 
 # Names of sibling modules that take the same input in the usual decoder blocks.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+_SHARED = (*PLANES, "bias")  # of the members: views of what is merged
 
 
 def fuse_projections(model: nn.Module, projections: Sequence[Sequence[str]] = PROJECTIONS) -> list[tuple[str, ...]]:
@@ -67,13 +70,38 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """An ordinary tensor: no gradient could go through what inference mode makes, nor an optimizer change it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return torch.cat(parts)
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat(parts)
+
+
+class _SharedBias(NamedTuple):
+    """Biases of the members in one tensor, of which they are views."""
+
+    whole: Tensor
+    biases: list[Tensor | None]
+    addresses: list[int | None]
+
+    def holds(self, biases: Sequence[Tensor | None]) -> bool:
+        """Whether the members' biases are still these. Compiled code asks for the tensors only: it cannot see addresses, so
+        an eager call must see first that the memory of a bias was replaced (``bias.data = ...``)."""
+        if torch.compiler.is_compiling():
+            return all(now is then for now, then in zip(biases, self.biases, strict=True))
+        return [None if bias is None else bias.data_ptr() for bias in biases] == self.addresses and all(
+            bias is None or bias.dtype == self.whole.dtype for bias in biases
+        )
+
+
 class _Group:
-    """Merged planes, and the parts of the last result that are still to be handed out."""
+    """Merged planes and biases, and the parts of the last result that are still to be handed out."""
 
     def __init__(self, members: list[TurboQuantLinear]) -> None:
         self.members = members
         self.merged: PackedWeight | None = None
-        self.bias: tuple[tuple[int, ...], Tensor | None] | None = None
+        self.bias: _SharedBias | None = None
         self.bound: cpu.Bound | None = None  # to the merged planes, after a call on a CPU
         self.input: Tensor | None = None
         self.version = 0
@@ -90,7 +118,7 @@ class _Group:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the merged planes: copies of the members would not be views of them."""
+        """Without what is merged: copies of the members would not be views of it."""
         return dict(self.__dict__, merged=None, bias=None, bound=None, input=None, version=0, parts={})
 
     def invalidate(self) -> None:
@@ -102,31 +130,54 @@ class _Group:
             columns: list[Tensor | None] = []
             for plane in PLANES:
                 parts = [getattr(member, plane) for member in self.members]
-                columns.append(None if parts[0] is None else torch.cat([part.detach() for part in parts]))
+                columns.append(None if parts[0] is None else _concatenate([part.detach() for part in parts]))
             self.merged = PackedWeight(*columns)  # type: ignore[arg-type]
-            sizes = [member.out_features for member in self.members]
             for plane, whole in self.merged._asdict().items():
                 if whole is not None:
-                    for member, rows in zip(self.members, whole.split(sizes), strict=True):
+                    for member, rows in zip(self.members, whole.split(self._sizes()), strict=True):
                         getattr(member, plane).data = rows
+            if not torch.compiler.is_compiling():
+                self._share_bias()
         return self.merged
 
-    def merged_bias(self) -> Tensor | None:
+    def _sizes(self) -> list[int]:
+        return [member.out_features for member in self.members]
+
+    def _biases(self) -> list[Any]:
         # Not the attribute where it is an ordinary parameter: nn.Module needs a microsecond to find one.
-        biases = [m._parameters["bias"] if "bias" in m._parameters else m.bias for m in self.members]  # noqa: SIM401
+        return [m._parameters["bias"] if "bias" in m._parameters else m.bias for m in self.members]  # noqa: SIM401
+
+    def _share_bias(self) -> None:
+        """Makes the members' biases views of one tensor, which a compiled model would else put together in every step. Not
+        those of different types, nor what is not a parameter."""
+        biases = self._biases()
+        present = [bias for bias in biases if bias is not None]
+        self.bias = None
+        if not all(type(bias) is nn.Parameter and bias.dtype == present[0].dtype for bias in present) or not present:
+            return
+        with torch.no_grad():
+            whole = self._join(biases)
+        for bias, rows in zip(biases, whole.split(self._sizes()), strict=True):
+            if bias is not None:
+                bias.data = rows
+        self.bias = _SharedBias(whole, biases, [None if bias is None else bias.data_ptr() for bias in biases])
+
+    def merged_bias(self) -> Tensor | None:
+        biases = self._biases()
         present = [bias for bias in biases if bias is not None]
         if not present:
             return None
-        trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in present)
-        if trained or torch.compiler.is_compiling():
-            return self._join(biases, present[0])
-        state = tuple(number for bias in present for number in (_version(bias), bias.data_ptr()))
-        if self.bias is None or self.bias[0] != state:
-            self.bias = state, self._join(biases, present[0]).detach()
-        return self.bias[1]
+        if torch.is_grad_enabled() and any(bias.requires_grad for bias in present):
+            return self._join(biases)
+        if (self.bias is None or not self.bias.holds(biases)) and not torch.compiler.is_compiling():
+            self._share_bias()
+        if self.bias is None or not self.bias.holds(biases):
+            return self._join(biases)
+        return self.bias.whole
 
-    def _join(self, biases: list[Any], like: Tensor) -> Tensor:
-        return torch.cat(
+    def _join(self, biases: list[Any]) -> Tensor:
+        like = next(bias for bias in biases if bias is not None)
+        return _concatenate(
             [like.new_zeros(m.out_features) if b is None else b for m, b in zip(self.members, biases, strict=True)]
         )
 
@@ -150,7 +201,7 @@ class _Group:
         if self.input is not x or self.version != version or index not in self.parts:
             out = self._product(x)
             self.input, self.version = x, version
-            self.parts = dict(enumerate(out.split([member.out_features for member in self.members], -1)))
+            self.parts = dict(enumerate(out.split(self._sizes(), -1)))
         part = self.parts.pop(index)
         if not self.parts:
             self.input = None
@@ -170,8 +221,8 @@ class _Member(TurboQuantLinear):
         return self.group.take(self.index, input)
 
     def leave(self) -> None:
-        for plane in PLANES:
-            parameter = getattr(self, plane)
+        for name in _SHARED:
+            parameter = self._parameters.get(name)
             if parameter is not None:
                 parameter.data = parameter.data.clone()
         self.group.invalidate()
@@ -195,8 +246,8 @@ class _Member(TurboQuantLinear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Copies of the planes: files cannot hold tensors that share memory."""
+        """Copies of what is merged: files cannot hold tensors that share memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for plane in PLANES:
-            if not keep_vars and destination.get(prefix + plane) is not None:
-                destination[prefix + plane] = destination[prefix + plane].clone()
+        for name in _SHARED:
+            if not keep_vars and destination.get(prefix + name) is not None:
+                destination[prefix + name] = destination[prefix + name].clone()

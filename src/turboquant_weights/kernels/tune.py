@@ -28,12 +28,14 @@ _TILES = {  # block_m -> (block_n, warps, stages)
 _COLD_BYTES = 160 << 20  # more than any L2 cache holds
 
 
-def random_planes(rows: int, columns: int, residual_bits: int, seed: int = 0) -> PackedWeight:
-    """A layer of random 4 + ``residual_bits`` bit codes on the current GPU; ``columns`` is a multiple of 32."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+def random_planes(
+    rows: int, columns: int, residual_bits: int, seed: int = 0, device: torch.device | str = "cuda"
+) -> PackedWeight:
+    """A layer of random 4 + ``residual_bits`` bit codes; ``columns`` is a multiple of 32."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
-        return torch.randint(low, high, shape, device="cuda", dtype=dtype, generator=generator)
+        return torch.randint(low, high, shape, device=device, dtype=dtype, generator=generator)
 
     return PackedWeight(
         codes=draw(0, 256, (rows, columns // 2)),
