@@ -93,7 +93,10 @@ def test_info_of_a_mixed_checkpoint(tmp_path, sharded):
         "model.experts.down": ("experts", "3+2"),
         "model.experts.up": ("experts", "4+2"),
         "model.mlp": ("linear", "3+1"),
+        "model.tokens.0": ("embedding", "3+1"),
+        "model.tokens.1": ("embedding", "2"),
     }
+    assert info.layers[5].nbytes == 4 * (16 + 1 + 1) + 4 * 10  # with the order of all rows
     assert info.layers[1].nbytes == 6 * (16 + 1 + 1)
     down = info.layers[2]
     assert (down.experts, down.out_features, down.columns, down.weights) == (2, 4, 64, 512)
@@ -116,6 +119,8 @@ def test_info_of_a_mixed_checkpoint(tmp_path, sharded):
             lambda c: c["embeddings"].update({"model.mlp": [3, 1]}) or c["layer_bits"].pop("model.mlp"),
             ("model.mlp.bias", "has no bias"),
         ),
+        (lambda c: c["embeddings"].update({"model.tokens.0": [3, 1]}), ("'model.tokens.0'", "a grade of 'model.tokens'")),
+        (lambda c: c["layer_bits"].update({"model.tokens.1": [2, 0]}), ("'model.tokens.1'", "a grade of 'model.tokens'")),
         (lambda c: c["embeddings"].update({"model.embed": 4}), ("embeddings['model.embed'] is 4",)),
         (lambda c: c.update(skip=["model.embed"]), ("'model.embed'", "one or the other")),
     ],

@@ -136,6 +136,13 @@ def assert_intact(folder, info):
     layer_bits = config.get("layer_bits") or {}
     embeddings = config.get("embeddings") or {}
     experts = config.get("experts") or {}
+    for name, grades in list(embeddings.items()):
+        if isinstance(grades[0], list):
+            del embeddings[name]
+            embeddings |= {f"{name}.{i}": bits for i, (_, *bits) in enumerate(grades)}
+            assert [found[f"{name}.{i}.scales"].get_shape()[0] for i in range(len(grades))] == [rows for rows, *_ in grades]
+            order = found[f"{name}.order"]
+            assert (order.get_dtype(), order.get_shape()) == ("I32", [sum(rows for rows, *_ in grades)])
     assert set(layer_bits) | set(embeddings) | set(experts) <= layers
     assert not set(embeddings) & {*layer_bits, *experts}
     assert set(experts.values()) <= {"out_in", "in_out"}

@@ -32,12 +32,14 @@ def planes(rows, columns, bits, residual_bits):
 
 # What a mixed checkpoint has under layer_bits, embeddings and experts.
 MIXED, EMBEDDINGS = {"model.mlp": (3, 1), "model.experts.down": (3, 2)}, {"model.embed": (2, 2)}
+GRADES = ((4, 3, 1), (6, 2, 0))  # of model.tokens
+ORDER = (9, 3, 0, 4, 8, 1, 2, 7, 5, 6)
 EXPERTS = {"model.experts.down": "in_out", "model.experts.up": "out_in"}
 
 
 def tensors(bits=4, residual_bits=2, mixed=False):
     """Two layers (one with bias and tripwire), an embedding and a norm; if ``mixed``, the embedding is quantized, and there
-    are two stacks."""
+    are a graded one and two stacks."""
     out = {}
     layers = {"model.attn": (3, 64), "model.mlp": (5, 32)}
     if mixed:
@@ -47,6 +49,12 @@ def tensors(bits=4, residual_bits=2, mixed=False):
         for plane, tensor in planes(rows, columns, *own)._asdict().items():
             if tensor is not None:
                 out[f"{layer}.{plane}"] = tensor.unflatten(0, (2, -1)) if layer in EXPERTS else tensor
+    if mixed:
+        for i, (rows, *own) in enumerate(GRADES):
+            for plane, tensor in planes(rows, 32, *own)._asdict().items():
+                if tensor is not None:
+                    out[f"model.tokens.{i}.{plane}"] = tensor
+        out["model.tokens.order"] = torch.tensor(ORDER, dtype=torch.int32)
     out["model.attn.weight"] = torch.empty(0)
     out["model.mlp.bias"] = torch.arange(5.0)
     if not mixed:
@@ -56,7 +64,7 @@ def tensors(bits=4, residual_bits=2, mixed=False):
 
 
 def config(bits=4, residual_bits=2, mixed=False):
-    by_name = dict(layer_bits=MIXED, embeddings=EMBEDDINGS, experts=EXPERTS) if mixed else {}
+    by_name = dict(layer_bits=MIXED, embeddings=EMBEDDINGS | {"model.tokens": GRADES}, experts=EXPERTS) if mixed else {}
     return TurboQuantConfig(bits, residual_bits, **by_name, seed=5, skip=("lm_head",), source={"model": "tiny"})
 
 

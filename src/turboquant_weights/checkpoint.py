@@ -364,8 +364,13 @@ def check_tensors(
         elif part not in PLANES:
             kind, bias = ("stack of experts", "") if owner in (config.experts or {}) else ("quantized layer", " and bias")
             raise FormatError(f"{short(name)}: a {kind} has no such tensor: allowed are {', '.join(PLANES)}{bias}")
+    own = {f"{name}.{i}": name for name, grades in graded.items() for i in range(len(grades))}
     for field in ("layer_bits", "embeddings", "experts"):
         for name in getattr(config, field) or ():
+            if name in own:
+                raise FormatError(
+                    f"{CONFIG_FILE}: {field} has {short(name)}, a grade of {short(own[name])}: its bits are said there"
+                )
             if name not in quantized and name not in graded:
                 raise FormatError(
                     f"{CONFIG_FILE}: {field} has {short(name)}, but the checkpoint holds no quantized layer of that name: "
