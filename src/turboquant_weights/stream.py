@@ -110,15 +110,20 @@ class BlockStream:
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` on the stream's device."""
+        """Block ``index`` on the stream's device; copies of it compute as it does."""
         block = self.blocks[index]
         homes = {parameter.device for parameter in block.parameters()}
         home = next(iter(homes)) if len(homes) == 1 else None
         if home != self.device:
             block.to(self.device)
+        emulated = [layer for layer in block.modules() if _is_emulated(layer, self.device)]
+        for layer in emulated:
+            layer.forward = functools.partial(_in_float32, layer)  # a partial, because its arguments are copied with it
         try:
             yield block
         finally:
+            for layer in emulated:
+                del layer.forward
             if home is not None and home != self.device:
                 block.to(home)
 
@@ -237,6 +242,21 @@ class BlockStream:
                 if tensor is not None and id(tensor) not in self._inside and tensor.device != device:
                     self._homes.append((module, name, tensor.device))
                     _move(module, name, device)
+
+
+def _is_emulated(layer: nn.Module, device: torch.device) -> bool:
+    """Whether this is a linear layer in half precision on a processor without instructions for it: several times slower than
+    float32. Of other processors than x86 nothing is known."""
+    if device.type != "cpu" or type(layer) is not nn.Linear or "forward" in layer.__dict__ or not torch.cpu._is_avx2_supported():
+        return False
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return layer.weight.dtype == torch.float16 or (layer.weight.dtype == torch.bfloat16 and not native)
+
+
+def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer's forward: half precision sums up in float32 wherever it is computed, and rounds at the end."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(x.float(), layer.weight.float(), bias).to(x.dtype)
 
 
 def _move(module: nn.Module, name: str, device: torch.device) -> None:
