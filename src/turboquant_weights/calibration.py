@@ -221,9 +221,7 @@ class Calibrator:
         return {self.names[id(child)]: child for child in module.modules() if id(child) in self.names}
 
     @torch.no_grad()
-    def _quantize_block(
-        self, index: int, block: nn.Module, original: nn.Module, replay: Replay
-    ) -> dict[str, Quantized]:
+    def _quantize_block(self, index: int, block: nn.Module, original: nn.Module, replay: Replay) -> dict[str, Quantized]:
         layers = self._layers(block)
         twins = dict(zip(map(id, block.modules()), original.modules(), strict=True))
 

@@ -1,7 +1,7 @@
 """Passes over a block on a CPU, of which each goes on where the one before it ended.
 
-Calibration runs a block up to some layers, rounds them, and runs it again from the start up to the next ones. Where passes cost
-more than memory, the results of layers that are final, and of the modules around them, are kept from one pass to the next.
+Calibration runs a block up to some layers, rounds them, and runs it again from the start up to the next ones. Where passes
+cost more than memory, results that no layer still to be rounded has a part in are kept from one pass to the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _Result = TypeVar("_Result")
 
 
 class Replay:
-    """Results inside ``block``, by batch: of its ``layers`` once they are :meth:`final`, and of what contains them.
+    """Results of the modules with weights inside ``block``, by batch, as long as none of ``layers`` was called that is not
+    :meth:`final`.
 
     Modules are told apart by their place among the calls, which is the same in every pass, since what comes before is. A
     result that was changed in place since is computed again.
@@ -29,7 +30,7 @@ class Replay:
 
     def __init__(self, block: nn.Module, layers: Iterable[nn.Module], room: int) -> None:
         self._pending = {id(layer) for layer in layers}
-        self._modules = [m for m in block.modules() if m is not block and any(id(c) in self._pending for c in m.modules())]
+        self._modules = [m for m in block.modules() if m is not block and any(True for _ in m.parameters())]
         self._room = room
         self._known: dict[int, dict[_Place, tuple[Any, list[int]]]] = {}
 

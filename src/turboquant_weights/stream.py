@@ -116,7 +116,7 @@ class BlockStream:
         home = next(iter(homes)) if len(homes) == 1 else None
         if home != self.device:
             block.to(self.device)
-        emulated = [layer for layer in block.modules() if _is_emulated(layer, self.device)]
+        emulated = [layer for layer in block.modules() if type(layer) is nn.Linear and _is_emulated(layer)]
         for layer in emulated:
             layer.forward = functools.partial(_in_float32, layer)  # a partial, because its arguments are copied with it
         try:
@@ -244,10 +244,12 @@ class BlockStream:
                     _move(module, name, device)
 
 
-def _is_emulated(layer: nn.Module, device: torch.device) -> bool:
-    """Whether this is a linear layer in half precision on a processor without instructions for it: several times slower than
-    float32. Of other processors than x86 nothing is known."""
-    if device.type != "cpu" or type(layer) is not nn.Linear or "forward" in layer.__dict__ or not torch.cpu._is_avx2_supported():
+def _is_emulated(layer: nn.Linear) -> bool:
+    """Whether its half precision lacks instructions of this processor, which makes it several times slower than float32.
+
+    Of other processors than x86 nothing is known.
+    """
+    if not layer.weight.is_cpu or "forward" in layer.__dict__ or not torch.cpu._is_avx2_supported():
         return False
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return layer.weight.dtype == torch.float16 or (layer.weight.dtype == torch.bfloat16 and not native)

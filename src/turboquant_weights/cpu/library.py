@@ -95,7 +95,8 @@ def library() -> ctypes.CDLL | None:
         function = getattr(c, name)
         function.restype, function.argtypes = result, arguments
     sizes = c.tq_layer_size(), c.tq_call_size(), c.tq_feedback_size()
-    assert sizes == tuple(map(ctypes.sizeof, (Layer, Call, Feedback))), f"{path} does not belong to this version: build it again"
+    expected = tuple(map(ctypes.sizeof, (Layer, Call, Feedback)))
+    assert sizes == expected, f"{path} does not belong to this version: build it again"
     _share_threads(c)
     return c
 
