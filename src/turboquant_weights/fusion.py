@@ -73,6 +73,8 @@ class _Group:
     def __init__(self, members: list[TurboQuantLinear]) -> None:
         self.members = members
         self.merged: PackedWeight | None = None
+        self.named: dict[str, Tensor | None] | None = None  # the merged planes again
+        self.sizes = [member.out_features for member in members]
         self.bias: tuple[tuple[int, ...], Tensor | None] | None = None
         self.bound: cpu.Bound | None = None  # to the merged planes, after a call on a CPU
         self.input: Tensor | None = None
@@ -91,7 +93,7 @@ class _Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the merged planes: copies of the members would not be views of them."""
-        return dict(self.__dict__, merged=None, bias=None, bound=None, input=None, version=0, parts={})
+        return dict(self.__dict__, merged=None, named=None, bias=None, bound=None, input=None, version=0, parts={})
 
     def invalidate(self) -> None:
         """The members' planes have moved: they are merged again when they are needed."""
@@ -104,12 +106,19 @@ class _Group:
                 parts = [getattr(member, plane) for member in self.members]
                 columns.append(None if parts[0] is None else torch.cat([part.detach() for part in parts]))
             self.merged = PackedWeight(*columns)  # type: ignore[arg-type]
-            sizes = [member.out_features for member in self.members]
             for plane, whole in self.merged._asdict().items():
                 if whole is not None:
-                    for member, rows in zip(self.members, whole.split(sizes), strict=True):
+                    for member, rows in zip(self.members, whole.split(self.sizes), strict=True):
                         getattr(member, plane).data = rows
         return self.merged
+
+    def parameters(self) -> dict[str, Tensor | None]:
+        """The planes and the bias by their names in a layer."""
+        planes = self.planes()
+        if self.named is None or self.named["codes"] is not planes.codes:
+            self.named = planes._asdict()
+        self.named["bias"] = self.merged_bias()
+        return self.named
 
     def merged_bias(self) -> Tensor | None:
         # Not the attribute where it is an ordinary parameter: nn.Module needs a microsecond to find one.
@@ -134,7 +143,7 @@ class _Group:
         """All members at once, by the same ways as :meth:`TurboQuantLinear.forward`."""
         first = self.members[0]
         layout = first.bits, first.residual_bits, first.group_size, first.seed
-        parameters = {**self.planes()._asdict(), "bias": self.merged_bias()}
+        parameters = self.parameters()
         if not torch.compiler.is_compiling() and ops.is_direct(x, parameters):
             if self.bound is None:
                 self.bound = cpu.bind(parameters, first.in_features, layout)
@@ -150,7 +159,8 @@ class _Group:
         if self.input is not x or self.version != version or index not in self.parts:
             out = self._product(x)
             self.input, self.version = x, version
-            self.parts = dict(enumerate(out.split([member.out_features for member in self.members], -1)))
+            # Not Tensor.split, which is Python.
+            self.parts = dict(enumerate(torch.split_with_sizes(out, self.sizes, -1)))
         part = self.parts.pop(index)
         if not self.parts:
             self.input = None
@@ -164,10 +174,12 @@ class _Member(TurboQuantLinear):
     index: int
 
     def forward(self, input: Tensor) -> Tensor:
-        self.check_input(input)
+        group = self.group
+        if input is not group.input:  # otherwise another member has checked it
+            self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             return super().forward(input)  # the cast makes a new tensor each time: nothing to share
-        return self.group.take(self.index, input)
+        return group.take(self.index, input)
 
     def leave(self) -> None:
         for plane in PLANES:
