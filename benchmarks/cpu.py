@@ -183,8 +183,6 @@ def unbind(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TurboQuantLinear):
             module._bound = None
-            if (group := getattr(module, "group", None)) is not None:  # fused
-                group.bound = None
 
 
 def profile(model: torch.nn.Module, step: Callable[[], object], count: int = 12) -> dict[str, float]:

@@ -5,6 +5,8 @@ first of them to see ``x`` computes all three in one layer of concatenated rows,
 them out when they are called with the same tensor. Rows of a quantized matrix are independent, so the concatenation
 is exact, costs no memory (members become views of the merged planes), and the rotation of ``x`` is done once.
 
+On a CPU the engine still takes the layers one by one where nothing keeps it from being called directly.
+
 The results are those of the separate layers up to the order in which a GPU adds float32 products.
 """
 
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .cpu import linear as cpu
 from .linear import TurboQuantLinear
 from .planes import PLANES
 from .reference import PackedWeight
@@ -73,10 +74,7 @@ class _Group:
     def __init__(self, members: list[TurboQuantLinear]) -> None:
         self.members = members
         self.merged: PackedWeight | None = None
-        self.named: dict[str, Tensor | None] | None = None  # the merged planes again
-        self.sizes = [member.out_features for member in members]
         self.bias: tuple[tuple[int, ...], Tensor | None] | None = None
-        self.bound: cpu.Bound | None = None  # to the merged planes, after a call on a CPU
         self.input: Tensor | None = None
         self.version = 0
         self.parts: dict[int, Tensor] = {}
@@ -93,7 +91,7 @@ class _Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the merged planes: copies of the members would not be views of them."""
-        return dict(self.__dict__, merged=None, named=None, bias=None, bound=None, input=None, version=0, parts={})
+        return dict(self.__dict__, merged=None, bias=None, input=None, version=0, parts={})
 
     def invalidate(self) -> None:
         """The members' planes have moved: they are merged again when they are needed."""
@@ -106,19 +104,12 @@ class _Group:
                 parts = [getattr(member, plane) for member in self.members]
                 columns.append(None if parts[0] is None else torch.cat([part.detach() for part in parts]))
             self.merged = PackedWeight(*columns)  # type: ignore[arg-type]
+            sizes = [member.out_features for member in self.members]
             for plane, whole in self.merged._asdict().items():
                 if whole is not None:
-                    for member, rows in zip(self.members, whole.split(self.sizes), strict=True):
+                    for member, rows in zip(self.members, whole.split(sizes), strict=True):
                         getattr(member, plane).data = rows
         return self.merged
-
-    def parameters(self) -> dict[str, Tensor | None]:
-        """The planes and the bias by their names in a layer."""
-        planes = self.planes()
-        if self.named is None or self.named["codes"] is not planes.codes:
-            self.named = planes._asdict()
-        self.named["bias"] = self.merged_bias()
-        return self.named
 
     def merged_bias(self) -> Tensor | None:
         # Not the attribute where it is an ordinary parameter: nn.Module needs a microsecond to find one.
@@ -139,28 +130,15 @@ class _Group:
             [like.new_zeros(m.out_features) if b is None else b for m, b in zip(self.members, biases, strict=True)]
         )
 
-    def _product(self, x: Tensor) -> Tensor:
-        """All members at once, by the same ways as :meth:`TurboQuantLinear.forward`."""
-        first = self.members[0]
-        layout = first.bits, first.residual_bits, first.group_size, first.seed
-        parameters = self.parameters()
-        if not torch.compiler.is_compiling() and ops.is_direct(x, parameters):
-            if self.bound is None:
-                self.bound = cpu.bind(parameters, first.in_features, layout)
-            out = None if self.bound is None else self.bound.product(x, parameters)
-            if out is not None:
-                return out
-            self.bound = None
-        return ops.linear(x, *parameters.values(), first.in_features, *layout)
-
     def take(self, index: int, x: Tensor) -> Tensor:
         """The result of member ``index`` for ``x``."""
         version = 0 if torch.compiler.is_compiling() else _version(x)
         if self.input is not x or self.version != version or index not in self.parts:
-            out = self._product(x)
+            first = self.members[0]
+            layout = first.in_features, first.bits, first.residual_bits, first.group_size, first.seed
+            out = ops.linear(x, *self.planes(), self.merged_bias(), *layout)
             self.input, self.version = x, version
-            # Not Tensor.split, which is Python.
-            self.parts = dict(enumerate(torch.split_with_sizes(out, self.sizes, -1)))
+            self.parts = dict(enumerate(out.split([member.out_features for member in self.members], -1)))
         part = self.parts.pop(index)
         if not self.parts:
             self.input = None
@@ -174,12 +152,14 @@ class _Member(TurboQuantLinear):
     index: int
 
     def forward(self, input: Tensor) -> Tensor:
-        group = self.group
-        if input is not group.input:  # otherwise another member has checked it
-            self.check_input(input)
+        # The engine starts faster than parts are kept and handed out.
+        out = self._on_cpu(input)
+        if out is not None:
+            return out
+        self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             return super().forward(input)  # the cast makes a new tensor each time: nothing to share
-        return group.take(self.index, input)
+        return self.group.take(self.index, input)
 
     def leave(self) -> None:
         for plane in PLANES:
