@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 enum { BLOCK = 32, TOKENS = 4, TILE_ROWS = 48, TILE_COLUMNS = 1024 };
-enum { LANES = 64 };             /* of calibrated rounding: pairs of a row and a candidate scale whose columns fit in the L1 cache */
+enum { LANES = 64 };             /* of calibrated rounding: pairs of a row and a scale whose columns fit in the L1 cache */
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum { INTEGER = 0, EXACT = 1, TILED = 2 };
 
