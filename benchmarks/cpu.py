@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turboquant_weights import TurboQuantConfig, TurboQuantLinear, fuse_projections, quantize_model
+from turboquant_weights import TurboQuantConfig, TurboQuantLinear, quantize_model
 from turboquant_weights.cpu import library
 from turboquant_weights.cpu.linear import linear
 from turboquant_weights.reference import PackedWeight
@@ -249,8 +249,6 @@ def whole_model(gguf: Path, tokens: int, thread_counts: list[int]) -> list[dict]
     models = {"bf16": dense, **{label: copy.deepcopy(dense) for label in configs}}
     for label, config in configs.items():
         quantize_model(models[label], config, progress=False)
-    models["4, head 4+2, fused"] = copy.deepcopy(models["4, head 4+2"])
-    fuse_projections(models["4, head 4+2, fused"])
     rows = []
     for threads in thread_counts:
         torch.set_num_threads(threads)
