@@ -16,6 +16,7 @@ programs, ours and PyTorch's, whole time slices.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import platform
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turboquant_weights import TurboQuantConfig, TurboQuantLinear, fuse_projections, quantize_model
+from turboquant_weights import TurboQuantConfig, TurboQuantLinear, quantize_model
 from turboquant_weights.cpu import library
 from turboquant_weights.cpu.linear import linear
 from turboquant_weights.reference import PackedWeight
@@ -182,11 +183,9 @@ def unbind(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TurboQuantLinear):
             module._bound = None
-            if (group := getattr(module, "group", None)) is not None:  # fused
-                group.bound = None
 
 
-def profile(model: torch.nn.Module, step: Callable[[], object], count: int = 20) -> dict[str, float]:
+def profile(model: torch.nn.Module, step: Callable[[], object], count: int = 12) -> dict[str, float]:
     """Milliseconds per token: in the engine, in quantized layers around it, and outside of them; medians."""
     c = library.library()
     engine, forward, spent = c.tq_linear, TurboQuantLinear.__call__, {"engine": 0.0, "layers": 0.0}
@@ -242,19 +241,14 @@ def whole_model(gguf: Path, tokens: int, thread_counts: list[int]) -> list[dict]
     ids = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(PROMPT, return_tensors="pt")["input_ids"]
     head = {"model.embed_tokens": (4, 2)}
     configs = {
-        "bf16": None,
         "4": TurboQuantConfig(),
         "4, head 4+2": TurboQuantConfig(embeddings=head),
-        "4, head 4+2, fused": TurboQuantConfig(embeddings=head),
         "4+4, head 4+2": TurboQuantConfig(residual_bits=4, embeddings=head),
     }
-    models = {}
+    dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).eval()
+    models = {"bf16": dense, **{label: copy.deepcopy(dense) for label in configs}}
     for label, config in configs.items():
-        models[label] = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).eval()
-        if config:
-            quantize_model(models[label], config, progress=False)
-        if "fused" in label:
-            fuse_projections(models[label])
+        quantize_model(models[label], config, progress=False)
     rows = []
     for threads in thread_counts:
         torch.set_num_threads(threads)
@@ -295,7 +289,7 @@ def main() -> None:
     report: dict = dict(**machine(), command=command, cells=[])
     if arguments.what == "model":
         report["command"] = f"python benchmarks/cpu.py model --gguf {arguments.gguf.name}"
-        report["cells"] = whole_model(arguments.gguf, 48, arguments.threads)
+        report["cells"] = whole_model(arguments.gguf, 32, arguments.threads)
     else:
         for threads in arguments.threads:
             torch.set_num_threads(threads)

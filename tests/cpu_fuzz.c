@@ -19,6 +19,7 @@ void tq_codebook_init(tq_codebook *, const float *, const float *, int, int);
 int tq_linear(const tq_call *, const void *, void *, int64_t, int);
 int tq_rotate(int, const tq_layer *, const void *, int64_t, int, int64_t, float *, float *, int);
 void tq_decode_rows(int, const tq_layer *, int64_t, int64_t, float *, int);
+void tq_feed_back(int, const tq_feedback *, int);
 
 static uint64_t state;
 static uint64_t draw(void) /* SplitMix64 */
@@ -182,11 +183,52 @@ static void round_of_fuzzing(void)
     free(real), free(want), free(got), free(size);
 }
 
+/* Calibrated rounding: codes are those of the level nearest to what earlier errors leave; losses, those of the errors. */
+static void round_of_feedback(void)
+{
+    const int64_t rows = between(1, 90), pairs = rows * between(1, 5);
+    const int32_t levels = 1 << between(1, 8);
+    float *block = malloc((size_t)rows * BLOCK * 4), *scale = malloc((size_t)pairs * 4), *factor = malloc(BLOCK * BLOCK * 4);
+    float *level = malloc((size_t)levels * 4), *boundaries = malloc((size_t)(levels - 1) * 4);
+    float *errors = malloc((size_t)pairs * BLOCK * 4), *losses = malloc((size_t)pairs * 4);
+    uint8_t *codes = malloc((size_t)pairs * BLOCK);
+    for (int64_t i = 0; i < rows * BLOCK; i++) block[i] = (float)between(-1000, 1000) * 0.001f;
+    for (int64_t i = 0; i < pairs; i++) scale[i] = draw() % 20 ? (float)between(1, 100) * 0.001f : 0;
+    for (int i = 0; i < BLOCK * BLOCK; i++) factor[i] = i % (BLOCK + 1) ? (float)between(-100, 100) * 0.001f : 1.5f;
+    for (int i = 0; i < levels; i++) level[i] = (float)(2 * i + 1 - levels);
+    for (int i = 0; i + 1 < levels; i++) boundaries[i] = (level[i] + level[i + 1]) / 2;
+    const int32_t candidates = (int32_t)(pairs / rows);
+    const tq_feedback feedback = {block, scale, factor, boundaries, level, codes, errors, losses, rows, candidates, levels};
+    for (int engine = 0; tq_engine_name(engine); engine++) {
+        if (!tq_engine_available(engine)) continue;
+        tq_feed_back(engine, &feedback, 1);
+        for (int64_t i = 0; i < pairs; i++) {
+            double loss = 0;
+            int wrong = 0;
+            for (int j = 0; j < BLOCK; j++) {
+                const float *own = errors + i * BLOCK;
+                const int code = codes[i * BLOCK + j], outside = code == 0 || code == levels - 1 || scale[i] == 0;
+                double left = block[i / candidates * BLOCK + j];
+                for (int before = 0; before < j; before++) left -= (double)factor[before * BLOCK + j] * own[before];
+                const double off = left - (double)level[code] * scale[i], error = own[j];
+                wrong |= !(fabs(off / 1.5 - error) < 1e-4) || (!outside && !(fabs(off) <= scale[i] * 1.001 + 1e-5));
+                loss += error * error;
+            }
+            if (wrong || !(fabs(loss - losses[i]) <= 1e-4 * loss + 1e-6)) {
+                printf("%s feedback: pair %ld of %ld\n", tq_engine_name(engine), (long)i, (long)pairs);
+                failures++;
+                break;
+            }
+        }
+    }
+    free(block), free(scale), free(factor), free(level), free(boundaries), free(errors), free(losses), free(codes);
+}
+
 int main(int count, char **arguments)
 {
     const int rounds = count > 1 ? atoi(arguments[1]) : 100;
     state = count > 2 ? strtoull(arguments[2], NULL, 0) : 0;
-    for (int i = 0; i < rounds; i++) round_of_fuzzing();
+    for (int i = 0; i < rounds; i++) round_of_fuzzing(), round_of_feedback();
     for (int engine = 0; tq_engine_name(engine); engine++)
         if (tq_engine_available(engine)) printf("%s ", tq_engine_name(engine));
     printf("%d rounds, %d failures\n", rounds, failures);

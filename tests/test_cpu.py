@@ -13,8 +13,10 @@ import pytest
 import torch
 from format_oracle import dequantize
 
-from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantLinear, reference
+from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantLinear, feedback, reference
+from turboquant_weights.codebook import boundary_tensor, level_tensor
 from turboquant_weights.cpu import library
+from turboquant_weights.cpu.feedback import feed_back
 from turboquant_weights.cpu.linear import linear
 
 ENGINES = library.engines()
@@ -471,3 +473,22 @@ def test_autocast_decides_the_dtype():
         assert got.dtype == torch.bfloat16
         few = module(x[:2])
     torch.testing.assert_close(few, got[:2], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+@pytest.mark.parametrize(("bits", "residual_bits"), [(2, 0), (3, 1), (4, 0), (4, 4)])
+@pytest.mark.parametrize("rows", [1, 70, 300])
+def test_feedback_of_a_block_is_that_of_the_reference(rows, bits, residual_bits, engine, monkeypatch):
+    """Same codes but for ties, same errors and losses, for numbers of rows that no share of the work divides."""
+    x = torch.randn(200, 32)
+    factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / 200), upper=True)
+    block, scale = torch.randn(rows, 32) * 0.3, torch.rand(rows, 3) * 0.01 + 0.004
+    scale[rows // 2, 1] = 0
+    tables = boundary_tensor(bits, residual_bits, block.device), level_tensor(bits, residual_bits, block.device)
+    codes, errors, losses = feed_back(block.T.contiguous().T, scale, factor, *tables, engine)
+    monkeypatch.setattr(feedback, "chosen", lambda: None)
+    wanted = feedback.feed_back(block, scale, factor, bits, residual_bits)
+    same = (codes == wanted[0]).all(-1)
+    assert same.float().mean() > 0.99
+    torch.testing.assert_close(errors[same], wanted[1][same], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses, wanted[2], rtol=1e-3, atol=1e-5)

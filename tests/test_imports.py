@@ -24,7 +24,7 @@ LEVELS = [
     {"experts", "graded"},
     {"tying"},
     {"feedback"},
-    {"stream"},
+    {"stream", "replay"},
     {"calibration", "sensitivity", "allocation"},
     {"model", "fusion"},
     {"budget", "resume"},

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import lzma
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .experts import DenseExperts, TurboQuantExperts
 from .feedback import Feedback, Moments, quantize_weight_calibrated
 from .linear import dense_weight, is_conv1d
 from .reference import PackedWeight, Quantized, quantize_weight
+from .replay import Replay
 from .stream import Batch, BlockStream, Stop
 
 
@@ -136,6 +137,8 @@ def windows(ids: Tensor, length: int, count: int, first: int | None) -> Tensor:
 
 # Of the original inputs of a block's layers that are kept while it is rounded; beyond, they are computed once per layer.
 _KEPT_BYTES = 4 << 30
+# Of results inside a block that one pass over it leaves to the next on a CPU. On a GPU memory is dearer than passes.
+_REPLAYED_BYTES = 4 << 30
 
 # Of second moments of the experts of a stack that are gathered in one pass.
 _MOMENTS_BYTES = 4 << 30
@@ -177,14 +180,15 @@ class Calibrator:
                 layers = self._layers(block)
                 original = copy.deepcopy(block)
                 found = None if store is None else store.load(index, layers)
+                replay = Replay(block, layers.values(), _REPLAYED_BYTES if self.stream.device.type == "cpu" else 0)
                 if found is None:
-                    found = self._quantize_block(index, block, original)
+                    found = self._quantize_block(index, block, original, replay)
                     if store is not None:
                         store.save(index, found)
                 else:
                     for name, quantized in found.items():
                         self._decode_into(name, quantized)
-                self._advance(index, block, original)
+                self._advance(index, block, original, replay)
                 del original
                 for name, quantized in found.items():
                     self.install(name, quantized, self.configs[name])
@@ -225,7 +229,7 @@ class Calibrator:
         return {self.names[id(child)]: child for child in module.modules() if id(child) in self.names}
 
     @torch.no_grad()
-    def _quantize_block(self, index: int, block: nn.Module, original: nn.Module) -> dict[str, Quantized]:
+    def _quantize_block(self, index: int, block: nn.Module, original: nn.Module, replay: Replay) -> dict[str, Quantized]:
         layers = self._layers(block)
         twins = dict(zip(map(id, block.modules()), original.modules(), strict=True))
 
@@ -235,11 +239,13 @@ class Calibrator:
         found = self._quantize_in_order(
             layers,
             {name: twins[id(layer)] for name, layer in layers.items()},
-            lambda batch: self.stream.run(index, batch, block),
+            lambda batch: replay.run(id(batch), lambda: self.stream.run(index, batch, block)),
             run_original,
+            replay.final,
         )
         for name in layers:
             if name not in found:
+                replay.forget()  # not called does not mean that nothing reads its weight
                 self.unreached.append(name)
                 found[name] = self._quantize_alone(name)
                 self._decode_into(name, found[name])
@@ -251,8 +257,12 @@ class Calibrator:
         originals: Mapping[str, nn.Module],
         run: Callable[[Batch], object],
         run_original: Callable[[Batch], object],
+        final: Callable[[Iterable[nn.Module]], None] = lambda layers: None,
     ) -> dict[str, Quantized]:
-        """Quantizes the ``layers`` that ``run`` calls; ``run_original`` calls the ``originals`` of the same names."""
+        """Quantizes the ``layers`` that ``run`` calls; ``run_original`` calls the ``originals`` of the same names.
+
+        ``final`` is told when layers have been rounded.
+        """
         found: dict[str, Quantized] = {}
         groups = input_groups(layers, lambda: run(self.stream.batches[0]))
         kept = _inputs_of([originals[first] for first, *_ in groups], self.original, run_original)
@@ -261,6 +271,7 @@ class Calibrator:
             if isinstance(stack, DenseExperts) and isinstance(before_it, DenseExperts):
                 found[group[0]] = self._quantize_stack(group[0], stack, before_it, run, run_original)
                 self._decode_into(group[0], found[group[0]])
+                final([stack])
                 continue
             moments: Moments | None = None
             for index, (now, before) in enumerate(zip(self.stream.batches, self.original, strict=True)):
@@ -273,6 +284,7 @@ class Calibrator:
                     moments.add(x, original)
             assert moments is not None
             found.update(self._quantize_group(group, moments))
+            final([layers[name] for name in group])
         return found
 
     def _quantize_group(self, group: Sequence[str], moments: Moments) -> dict[str, Quantized]:
@@ -367,11 +379,12 @@ class Calibrator:
         module.weight = nn.Parameter(decoded.T.contiguous() if is_conv1d(module) else decoded, requires_grad=False)
 
     @torch.no_grad()
-    def _advance(self, index: int, block: nn.Module, original: nn.Module) -> None:
+    def _advance(self, index: int, block: nn.Module, original: nn.Module, replay: Replay) -> None:
         for now, before in zip(self.stream.batches, self.original, strict=True):
             known = self._outputs.pop(id(before), None)
             before.hidden = self.stream.run(index, before, original) if known is None else known
-            now.hidden = self.stream.run(index, now, block)
+            now.hidden = replay.run(id(now), functools.partial(self.stream.run, index, now, block))
+            replay.forget(id(now))
 
     @torch.no_grad()
     def _quantize_tail(self, rest: Sequence[str]) -> None:

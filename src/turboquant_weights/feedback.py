@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 from .codebook import boundary_tensor, level_tensor
+from .cpu import feedback as cpu
+from .cpu.library import chosen
 from .errors import QuantizationError
 from .ops import has_triton
 from .packing import pack
@@ -255,6 +257,8 @@ def feed_back(block: Tensor, scale: Tensor, factor: Tensor, bits: int, residual_
         from .kernels import feedback as kernel
 
         return kernel.feed_back(block, scale, factor, boundaries, table)
+    if block.device.type == "cpu" and (engine := chosen()) is not None:
+        return cpu.feed_back(block, scale, factor, boundaries, table, engine)
     inverse = torch.where(scale > 0, 1 / scale, 0)
     # Columns first: what one step reads and writes is contiguous.
     left = block.T[:, :, None].expand(-1, -1, scale.shape[1]).contiguous()

@@ -6,6 +6,8 @@ them out when they are called with the same tensor. Rows of a quantized matrix a
 is exact, costs no memory (planes and biases of the members become views of the merged ones), and the rotation of ``x``
 is done once.
 
+On a CPU the engine still takes the layers one by one where nothing keeps it from being called directly.
+
 The results are those of the separate layers up to the order in which a GPU adds float32 products.
 """
 
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .cpu import linear as cpu
 from .linear import TurboQuantLinear
 from .planes import PLANES
 from .reference import PackedWeight
@@ -102,7 +103,6 @@ class _Group:
         self.members = members
         self.merged: PackedWeight | None = None
         self.bias: _SharedBias | None = None
-        self.bound: cpu.Bound | None = None  # to the merged planes, after a call on a CPU
         self.input: Tensor | None = None
         self.version = 0
         self.parts: dict[int, Tensor] = {}
@@ -119,7 +119,7 @@ class _Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is merged: copies of the members would not be views of it."""
-        return dict(self.__dict__, merged=None, bias=None, bound=None, input=None, version=0, parts={})
+        return dict(self.__dict__, merged=None, bias=None, input=None, version=0, parts={})
 
     def invalidate(self) -> None:
         """The members' planes have moved: they are merged again when they are needed."""
@@ -181,25 +181,13 @@ class _Group:
             [like.new_zeros(m.out_features) if b is None else b for m, b in zip(self.members, biases, strict=True)]
         )
 
-    def _product(self, x: Tensor) -> Tensor:
-        """All members at once, by the same ways as :meth:`TurboQuantLinear.forward`."""
-        first = self.members[0]
-        layout = first.bits, first.residual_bits, first.group_size, first.seed
-        parameters = {**self.planes()._asdict(), "bias": self.merged_bias()}
-        if not torch.compiler.is_compiling() and ops.is_direct(x, parameters):
-            if self.bound is None:
-                self.bound = cpu.bind(parameters, first.in_features, layout)
-            out = None if self.bound is None else self.bound.product(x, parameters)
-            if out is not None:
-                return out
-            self.bound = None
-        return ops.linear(x, *parameters.values(), first.in_features, *layout)
-
     def take(self, index: int, x: Tensor) -> Tensor:
         """The result of member ``index`` for ``x``."""
         version = 0 if torch.compiler.is_compiling() else _version(x)
         if self.input is not x or self.version != version or index not in self.parts:
-            out = self._product(x)
+            first = self.members[0]
+            layout = first.in_features, first.bits, first.residual_bits, first.group_size, first.seed
+            out = ops.linear(x, *self.planes(), self.merged_bias(), *layout)
             self.input, self.version = x, version
             self.parts = dict(enumerate(out.split(self._sizes(), -1)))
         part = self.parts.pop(index)
@@ -215,6 +203,10 @@ class _Member(TurboQuantLinear):
     index: int
 
     def forward(self, input: Tensor) -> Tensor:
+        # The engine starts faster than parts are kept and handed out.
+        out = self._on_cpu(input)
+        if out is not None:
+            return out
         self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             return super().forward(input)  # the cast makes a new tensor each time: nothing to share

@@ -110,16 +110,10 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] of a floating dtype; returns [..., out_features] of the same dtype."""
+        out = self._on_cpu(input)
+        if out is not None:
+            return out
         parameters = self._parameters  # not attributes: nn.Module needs a microsecond to find one
-        if not torch.compiler.is_compiling() and ops.is_direct(input, parameters):
-            bound = self._bound
-            if bound is None:
-                layout = self.bits, self.residual_bits, self.group_size, self.seed
-                bound = self._bound = cpu.bind(parameters, self.in_features, layout)
-            out = None if bound is None else bound.product(input, parameters)
-            if out is not None:
-                return out
-            self._bound = None
         self.check_input(input)
         if is_autocast_enabled(input) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
@@ -136,6 +130,20 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
             self.group_size,
             self.seed,
         )
+
+    def _on_cpu(self, input: Tensor) -> Tensor | None:
+        """What the CPU engine makes of ``input``, or None: if it is not for the engine, or the dispatcher must be asked."""
+        parameters = self._parameters
+        if torch.compiler.is_compiling() or not ops.is_direct(input, parameters):
+            return None
+        bound = self._bound
+        if bound is None:
+            layout = self.bits, self.residual_bits, self.group_size, self.seed
+            bound = self._bound = cpu.bind(parameters, self.in_features, layout)
+        out = None if bound is None else bound.product(input, parameters)
+        if out is None:
+            self._bound = None
+        return out
 
     def check_input(self, input: Tensor) -> None:
         """Raises QuantizationError unless ``input`` is a floating-point tensor [..., in_features]."""

@@ -110,15 +110,21 @@ class BlockStream:
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` on the stream's device."""
+        """Block ``index`` on the stream's device; copies of it compute as it does."""
         block = self.blocks[index]
         homes = {parameter.device for parameter in block.parameters()}
         home = next(iter(homes)) if len(homes) == 1 else None
         if home != self.device:
             block.to(self.device)
+        emulated = [layer for layer in block.modules() if type(layer) is nn.Linear and _is_emulated(layer)]
+        for layer in emulated:
+            # A partial, because its arguments are copied with it.
+            layer.forward = functools.partial(_in_float32, layer)  # type: ignore[method-assign]
         try:
             yield block
         finally:
+            for layer in emulated:
+                del layer.forward
             if home is not None and home != self.device:
                 block.to(home)
 
@@ -237,6 +243,29 @@ class BlockStream:
                 if tensor is not None and id(tensor) not in self._inside and tensor.device != device:
                     self._homes.append((module, name, tensor.device))
                     _move(module, name, device)
+
+
+def _is_emulated(layer: nn.Linear) -> bool:
+    """Whether its half precision lacks instructions of this processor, which makes it several times slower than float32.
+
+    Of other processors than x86 nothing is known.
+    """
+    if not layer.weight.is_cpu or "forward" in layer.__dict__ or not _processor_has("avx2"):
+        return False
+    native = _processor_has("avx512_bf16") or _processor_has("amx_tile")
+    return layer.weight.dtype == torch.float16 or (layer.weight.dtype == torch.bfloat16 and not native)
+
+
+def _processor_has(feature: str) -> bool:
+    """As PyTorch knows it; False if this PyTorch does not."""
+    ask = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return ask is not None and bool(ask())
+
+
+def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer's forward: half precision sums up in float32 wherever it is computed, and rounds at the end."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(x.float(), layer.weight.float(), bias).to(x.dtype)
 
 
 def _move(module: nn.Module, name: str, device: torch.device) -> None:

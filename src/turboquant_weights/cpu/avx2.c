@@ -18,6 +18,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "feedback.h"
 #include "prepare.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -407,7 +408,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
         }
 }
 
-const tq_engine tq_avx2 = {"avx2", 32, available, prepare, integer, kernel_exact, decode, NULL};
+const tq_engine tq_avx2 = {"avx2", 32, available, prepare, integer, kernel_exact, decode, feed_back, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

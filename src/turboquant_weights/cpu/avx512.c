@@ -19,6 +19,7 @@
 #endif
 
 #include "avx512.h"
+#include "feedback.h"
 
 enum { LIMIT = 127 * 128 + 63 };
 enum { ROWS_AT_ONCE = 4 };
@@ -356,7 +357,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
             }
 }
 
-const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, kernel_exact, decode, &tq_avx512_bf16};
+const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, kernel_exact, decode, feed_back, &tq_avx512_bf16};
 
 #if defined(__clang__)
 #pragma clang attribute pop

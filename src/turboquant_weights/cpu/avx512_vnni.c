@@ -18,12 +18,13 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 #endif
 
+#include "feedback.h"
 #include "prepare.h"
 
 #define INLINE static inline __attribute__((always_inline))
 enum { LIMIT = 127 * 128 + 63, WORD_LIMIT = 8191 }; /* of bytes a, b; of words: a lane adds 8 products with levels of 2^15 */
 enum { ROWS_AT_ONCE = 4 };
-enum { AHEAD = 16384 };       /* bytes that a plane is prefetched ahead: rows lie one behind the other */
+enum { AHEAD = 8192 };        /* bytes that a plane is prefetched ahead, to the L1 cache: rows lie one behind the other */
 
 static int available(void)
 {
@@ -206,10 +207,10 @@ INLINE void integer_chunks(const tq_layer *layer, const tq_activations *act, int
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
         const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 16 * at, *residual = NULL;
-        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T1);
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
         if (kind != FOURS) {
             residual = row_of(layer->residual, layer->residual_stride, row + r) + (kind == FOURS_TWOS ? 8 : 16) * at;
-            _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);
+            _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T0);
         }
         __m512i w[4];
         decode_chunk(codes, residual, there, how, kind, w);
@@ -442,7 +443,7 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     }
 }
 
-const tq_engine tq_avx512_vnni = {"avx512vnni", 32, available, prepare, integer, kernel_exact, decode, NULL};
+const tq_engine tq_avx512_vnni = {"avx512vnni", 32, available, prepare, integer, kernel_exact, decode, feed_back, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -36,6 +36,7 @@ API int tq_engine_step(int i) { return engines[i]->step; }
 API size_t tq_codebook_size(void) { return sizeof(tq_codebook); }
 API size_t tq_layer_size(void) { return sizeof(tq_layer); }
 API size_t tq_call_size(void) { return sizeof(tq_call); }
+API size_t tq_feedback_size(void) { return sizeof(tq_feedback); }
 
 /* -- codebooks --------------------------------------------------------------------------------------------------------- */
 
@@ -369,6 +370,28 @@ API int tq_linear(const tq_call *call, const void *x, void *y, int64_t m, int th
     run(j.mode == TILED ? tile_share : multiply_share, &j, threads);
     free(memory);
     return 0;
+}
+
+/* -- calibrated rounding ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const tq_engine *engine;
+    const tq_feedback *feedback;
+    atomic_llong next;
+} rounding;
+
+static void round_share(void *data)
+{
+    rounding *r = data;
+    const int64_t pairs = r->feedback->rows * r->feedback->candidates;
+    for (int64_t first; (first = atomic_fetch_add(&r->next, LANES)) < pairs;)
+        r->engine->feed_back(r->feedback, first, pairs - first < LANES ? pairs - first : LANES);
+}
+
+API void tq_feed_back(int engine, const tq_feedback *feedback, int threads)
+{
+    rounding r = {.engine = engines[engine], .feedback = feedback};
+    run(round_share, &r, threads);
 }
 
 /* -- for a BLAS: rotated activations and decoded rows in one order of columns --------------------------------------------- */

@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 enum { BLOCK = 32, TOKENS = 4, TILE_ROWS = 48, TILE_COLUMNS = 1024 };
+enum { LANES = 64 };             /* of calibrated rounding: pairs of a row and a scale whose columns fit in the L1 cache */
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum { INTEGER = 0, EXACT = 1, TILED = 2 };
 
@@ -94,6 +95,20 @@ typedef struct {
                      uint16_t *tile);
 } tq_tiled;
 
+/* One block of calibrated rounding; all arrays contiguous, the results by row and candidate. */
+typedef struct {
+    const float *block;          /* [rows, 32]: the columns, with the errors of those before made up for */
+    const float *scale;          /* [rows, candidates] */
+    const float *factor;         /* [32, 32] upper */
+    const float *boundaries;     /* [levels - 1] */
+    const float *level;          /* [levels], a power of two */
+    uint8_t *codes;              /* [rows, candidates, 32] */
+    float *errors;               /* [rows, candidates, 32]: over the diagonal of factor */
+    float *losses;               /* [rows, candidates] */
+    int64_t rows;
+    int32_t candidates, levels;
+} tq_feedback;
+
 typedef struct {
     const char *name;
     int step;                    /* columns decoded at a time: decode writes whole steps */
@@ -102,6 +117,7 @@ typedef struct {
     tq_kernel *integer;          /* NULL: this engine is always exact */
     tq_kernel *exact;
     tq_decode *decode;
+    void (*feed_back)(const tq_feedback *, int64_t first, int64_t count); /* of the pairs of a row and a candidate */
     const tq_tiled *tiled;       /* NULL, or a product of many tokens that not every such processor has */
 } tq_engine;
 

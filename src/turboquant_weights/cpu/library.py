@@ -38,6 +38,17 @@ class Call(ctypes.Structure):
     _fields_ = (("layer", c_void_p), ("x_stride", c_int64), *((name, c_int32) for name in ("engine", "mode", "type")))
 
 
+class Feedback(ctypes.Structure):
+    """``tq_feedback`` of engine.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("block", "scale", "factor", "boundaries", "level", "codes", "errors", "losses")),
+        ("rows", c_int64),
+        ("candidates", c_int32),
+        ("levels", c_int32),
+    )
+
+
 class Engine(NamedTuple):
     """One engine of the library that this processor can run."""
 
@@ -57,10 +68,12 @@ _FUNCTIONS = {  # name: result, arguments
     "tq_codebook_size": (ctypes.c_size_t, ()),
     "tq_layer_size": (ctypes.c_size_t, ()),
     "tq_call_size": (ctypes.c_size_t, ()),
+    "tq_feedback_size": (ctypes.c_size_t, ()),
     "tq_codebook_init": (None, (c_void_p, c_void_p, c_void_p, c_int, c_int)),
     "tq_set_parallel": (None, (c_void_p,)),
     "tq_linear": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "tq_rotate": (c_int, (c_int, c_void_p, c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_int)),
+    "tq_feed_back": (None, (c_int, c_void_p, c_int)),
     "tq_decode_rows": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),
 }
 
@@ -81,8 +94,9 @@ def library() -> ctypes.CDLL | None:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(c, name)
         function.restype, function.argtypes = result, arguments
-    sizes = c.tq_layer_size(), c.tq_call_size()
-    assert sizes == (ctypes.sizeof(Layer), ctypes.sizeof(Call)), f"{path} does not belong to this version: build it again"
+    sizes = c.tq_layer_size(), c.tq_call_size(), c.tq_feedback_size()
+    expected = tuple(map(ctypes.sizeof, (Layer, Call, Feedback)))
+    assert sizes == expected, f"{path} does not belong to this version: build it again"
     _share_threads(c)
     return c
 

@@ -17,6 +17,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
+#include "feedback.h"
 #include "prepare.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -144,7 +145,7 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
     tq_portable.decode(layer, row, rows, out, stride);
 }
 
-const tq_engine tq_neon = {"neon", BLOCK, available, prepare, integer, exact, decode, NULL};
+const tq_engine tq_neon = {"neon", BLOCK, available, prepare, integer, exact, decode, feed_back, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,5 @@
 /* Portable C, always exact: what runs where no other engine does, and the simplest of them to read. */
+#include "feedback.h"
 #include "prepare.h"
 
 static int available(void) { return 1; }
@@ -66,4 +67,4 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     rotate_token(layer, x, type, act->blocks, (float *)act->values + token * act->blocks * BLOCK, act->token_scale + token);
 }
 
-const tq_engine tq_portable = {"portable", 32, available, prepare, NULL, exact, decode, NULL};
+const tq_engine tq_portable = {"portable", 32, available, prepare, NULL, exact, decode, feed_back, NULL};
