@@ -378,3 +378,17 @@ def test_dtypes_compile_and_gradient(graded):
     model.bfloat16()
     assert model(ids).logits.dtype == model.model.embed_tokens(ids).dtype == torch.bfloat16
     assert model.model.embed_tokens.order.dtype == torch.int32
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_train_and_do_not_merge(graded, target):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(graded[0]), LoraConfig(target_modules=[target], r=2, init_lora_weights=False))
+    ids = text(2, 9)
+    logits = adapted(ids).logits
+    assert not torch.equal(logits, graded[0](ids).logits)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    with pytest.raises(QuantizationError, match="cannot be written to"):
+        adapted.merge_and_unload()
