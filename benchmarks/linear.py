@@ -86,12 +86,13 @@ def scratch_time(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits
 
 def measure_ours(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits: int, searching: bool) -> dict:
     tokens, columns = x.shape
-    if tokens > crossover(4, residual_bits, columns):
+    warp_groups = kernels.has_warp_groups(x.device, residual_bits, columns)
+    if tokens > crossover(4, residual_bits, columns, warp_groups):
         return dict(ours_us=scratch_time(x, planes, rows, residual_bits), schedule=None)
     if searching:
         schedule, microseconds = tune.tune(tokens, rows, columns, residual_bits, planes)
     else:
-        schedule = choose(gpu_name(x.device), tokens, rows, columns, residual_bits)
+        schedule = choose(gpu_name(x.device), tokens, rows, columns, residual_bits, warp_groups)
         microseconds = tune.schedule_time(x, planes, residual_bits, schedule, 15)
     return dict(ours_us=microseconds, schedule=list(schedule))
 

@@ -3,6 +3,7 @@
 Triton's interpreter must be off, so test_kernels.py runs it as a process of its own.
 """
 
+import subprocess
 import sys
 
 import triton
@@ -10,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from turboquant_weights.kernels import decode, dequantize, feedback, rotate, rotating, slices, splitk
+from turboquant_weights.kernels.schedule import streamk_stages
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
@@ -32,7 +34,46 @@ def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **cons
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 1})
 
 
+def build_streamk(block_m, groups, residual_bits):
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from turboquant_weights.kernels import streamk
+
+    def operand(kind, block):
+        return f"tensordesc<{kind}{block[0]},{block[1]!r}>"
+
+    plane, rest = (streamk.plane_block(block_m, groups, words) for words in (4, residual_bits or 4))
+    kinds = POINTERS | dict(x=operand("fp16", streamk.x_block(block_m)), codes=operand("i32", plane))
+    kinds["residual"] = operand("i32", rest)
+    stages = streamk_stages(block_m, groups, residual_bits)
+    constants = dict(BLOCK_M=block_m, GROUPS=groups, STAGES=stages, RESIDUAL_BITS=residual_bits, HAS_BIAS=True, PDL=True)
+    names = streamk.streamk_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "rows"]
+    source = GluonASTSource(
+        streamk.streamk_kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = dict(num_warps=4, maxnreg=streamk.registers(block_m, groups))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def check_streamk() -> None:
+    for block_m, groups, residual_bits in ((32, 2, 1), (64, 2, 0), (64, 2, 2), (128, 2, 0), (128, 3, 4), (256, 2, 4)):
+        kernel = build_streamk(block_m, groups, residual_bits)
+        assert kernel.metadata.shared <= 227 << 10
+        # ptxas says, and nobody sees it, if it has every product of a warp group wait for the one before.
+        command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", "-o", "/dev/null", "-"]
+        said = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True)
+        assert "wgmma.mma_async" in kernel.asm["ptx"]
+        assert "serialized" not in said.stderr + said.stdout, said.stderr
+
+
 def main(capability: int) -> None:
+    if capability == 90:
+        check_streamk()
     pdl = capability >= 90
     # 89 compiles the sources of 80: two pairs show that its assembler takes them.
     for bits, residual_bits in ((4, 0), (3, 2)) if capability == 89 else (*decode.FAST, (3, 2)):

@@ -27,13 +27,15 @@ from ptx_emulator import inline_asm_elementwise, run
 from turboquant_weights.errors import ScheduleError
 from turboquant_weights.kernels import decode, schedule
 from turboquant_weights.kernels import linear as kernels
-from turboquant_weights.kernels.schedule import Rotating, Slices, SplitK, choose
+from turboquant_weights.kernels.schedule import Rotating, Slices, SplitK, StreamK, choose, streamk_stages
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32] if CUDA else [torch.float16]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 129, 300] + ([2049] if CUDA else [])
 COMBINATIONS = [(bits, residual) for bits in (2, 3, 4) for residual in range(5)]
+HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 needs_interpreter = pytest.mark.skipif(CUDA, reason="emulates the assembly that a GPU runs")
 
 
@@ -191,6 +193,35 @@ def test_every_schedule_on_the_assembly_path(chosen, bits, residual_bits, assemb
     tokens = {SplitK: 33, Slices: 7, Rotating: 1}[type(chosen)]
     for n, k in ((67, 1024), (33, 896), (40, 288)):  # whole turns, a missing turn, a missing part of a tile
         check(*inputs(tokens, n, k), n, k, bits, residual_bits, function=scheduled(chosen))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize(
+    ("block_m", "groups", "residual_bits", "dtype"),
+    [(block_m, groups, 0, torch.bfloat16) for block_m, groups in ((16, 2), (32, 3), (64, 2), (128, 2), (128, 3), (256, 2))]
+    + [(32, 2, 1, torch.bfloat16), (64, 3, 2, torch.float16), (128, 3, 4, torch.float16), (256, 2, 4, torch.bfloat16)],
+)
+def test_stream_k(block_m, groups, residual_bits, dtype):
+    """Few tokens; tiles of several programs; programs of several tiles that fill their buffers more than once; tails."""
+    chosen = StreamK(block_m, groups, streamk_stages(block_m, groups, residual_bits))
+    for n, k, m in ((67, 512, 5), (130, 4096, 37), (322, 1280, 4100)):
+        check(*inputs(m, n, k, dtype), n, k, 4, residual_bits, function=scheduled(chosen))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_stream_k_reads_rows_that_lie_apart_and_falls_back_where_it_cannot():
+    """Members of a fused layer are views; and a view may begin anywhere."""
+    packed, exact = layer(130, 512, 4, 0)
+    x, _ = inputs(100, 130, 512, bias=False)
+    layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    want = x.double() @ exact.T
+    wide = packed._replace(codes=torch.cat([packed.codes] * 2, 1)[:, :256], scales=torch.cat([packed.scales] * 2, 1)[:, :16])
+    odd = packed.codes.new_empty(packed.codes.numel() + 1)[1:].view_as(packed.codes).copy_(packed.codes)
+    for planes in (wide, packed._replace(codes=odd)):
+        got = kernels.linear(x, planes, None, 512, **layout)
+        assert (got.double() - want).norm() < 1e-3 * want.norm()
 
 
 @needs_interpreter
@@ -406,6 +437,29 @@ def test_heuristic_covers_everything():
                     assert 1 <= chosen.split <= tiles
 
 
+def test_heuristic_for_warp_groups_covers_everything():
+    for tokens in (1, 9, 16, 17, 64, 65, 256, 300, 2049, 100_000):
+        for columns in (128, 3584, 29568):
+            for residual_bits in (0, 1, 2, 4):
+                chosen = choose("none", tokens, 4096, columns, residual_bits, True)
+                if isinstance(chosen, StreamK):
+                    assert chosen.serves(columns)
+                    assert 2 <= chosen.stages <= 6
+                    assert chosen.block_m >= min(tokens, 128)
+                else:
+                    assert tokens <= 256
+
+
+@pytest.mark.parametrize(("tiles", "steps"), [(1, 1), (1, 74), (132, 28), (133, 28), (148, 28), (1184, 28), (9, 4)])
+def test_shares_of_stream_k_cover_every_step(tiles, steps):
+    share = StreamK(128, 2, 4).share(tiles, steps, 132)
+    programs = -(-tiles * steps // share)
+    assert programs <= 132
+    assert share * 132 >= tiles * steps
+    if share % steps == 0:
+        assert share <= 1.05 * -(-tiles * steps // 132)
+
+
 def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     path = tmp_path / "schedules.json"
     entry = dict(gpu="some GPU", rows=4096, columns=4096, residual_bits=0, tokens=8, schedule=[2, 3])
@@ -415,7 +469,7 @@ def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     choose.cache_clear()
     assert choose("some GPU", 5, 4096, 4096, 0) == Slices(2, 3)
     assert choose("some GPU", 9, 4096, 4096, 0) == choose("another", 9, 4096, 4096, 0)
-    for bad in ("{", "[1]", json.dumps([dict(entry, tokens=7)]), json.dumps([dict(entry, schedule=[1, 2, 3])])):
+    for bad in ("{", "[1]", json.dumps([dict(entry, tokens=7)]), json.dumps([dict(entry, schedule=[1, 2, 3, 4])])):
         path.write_text(bad)
         schedule._own_table.cache_clear()
         choose.cache_clear()
@@ -476,10 +530,11 @@ def test_module_runs_the_kernels_eagerly_compiled_and_captured(m):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-def test_split_k_under_concurrent_streams():
+@pytest.mark.parametrize("m", [3, 100])
+def test_split_sums_under_concurrent_streams(m):
     packed, _ = layer(130, 1024, 4, 0)
     layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
-    x, bias = inputs(3, 130, 1024)
+    x, bias = inputs(m, 130, 1024)
     want = kernels.linear(x, packed, bias, 1024, **layout)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]

@@ -6,6 +6,7 @@ the weights the rotation kernel writes the activation in the order in which the 
 
 For one token a layer is one launch (``rotating.py``). For more it is two: ``rotate.py`` (signs, Hadamard, a power of two per
 token, half precision), then ``slices.py`` or ``splitk.py`` (decode in registers, tensor cores, split-K with a deterministic
-reduction, exponents and bias). Above a crossover (``schedule.py``) the layer is dequantized into scratch memory
+reduction, exponents and bias), or, for more tokens and large layers on sm_90, ``streamk.py`` (the same with roles for warps,
+the copy engine and stream-K). Above a crossover (``schedule.py``) the layer is dequantized into scratch memory
 (``dequantize.py``) for cuBLAS.
 """

@@ -165,7 +165,7 @@ def _register(WORD: tl.constexpr):
     """A constant that the compiler does not recognise: it would put it into a uniform register and copy it back per use."""
     return tl.inline_asm_elementwise(
         "{ .reg .u32 zero; mov.u32 zero, %laneid; shr.u32 zero, zero, 5; add.u32 $0, $1, zero; }", "=r,r",
-        [tl.full((), WORD, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        [tl.cast(WORD, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -214,13 +214,21 @@ def decode_words(
     Dimensions: row, (thread, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
     """
     pairs = tl.broadcast_to(tl.expand_dims(pairs, 2), (ROWS, THREADS, 4)).reshape(ROWS, THREADS * 4)
+    refined = codes
+    if RESIDUAL_BITS > 0:
+        refined = widen_residual(residual, ROWS, THREADS, RESIDUAL_BITS)
+    return decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+
+
+@triton.jit
+def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """:func:`decode_words` for any share of a thread's words, with a residual of 4 bits per column and a scale per word."""
     if RESIDUAL_BITS == 0:
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASSEMBLY, _BASE_CONSTRAINTS, [codes, pairs, words[0], words[1], words[2], words[3], words[4]],
             dtype=(tl.float16,) * 8, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        refined = widen_residual(residual, ROWS, THREADS, RESIDUAL_BITS)
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASSEMBLY, _NESTED_CONSTRAINTS, [codes, refined, pairs], dtype=(tl.float16,) * 8, is_pure=True, pack=2
         )  # fmt: skip

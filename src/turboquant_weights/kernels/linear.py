@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +21,26 @@ from .decode import TILE, assembly
 from .dequantize import dequantize_kernel
 from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
 from .rotating import rotating_kernel, routed_kernel
-from .schedule import SLICE_ROWS, Rotating, Schedule, Slices, choose, crossover, gpu_name, rotating
+from .schedule import SLICE_ROWS, Rotating, Schedule, Slices, StreamK, choose, crossover, gpu_name, rotating
 from .slices import MOST_TOKENS, slices_kernel
 from .splitk import splitk_kernel
+
+# Another Triton may mean something else by the arguments of its C function and by the names of Gluon, which is experimental.
+_IS_KNOWN_LAUNCHER = triton.__version__.startswith("3.6.")
+streamk_kernel: Any = None
+if _IS_KNOWN_LAUNCHER:
+    with contextlib.suppress(ImportError):  # a Triton without NVIDIA's part
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        from .streamk import plane_block, registers, streamk_kernel, x_block
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROTATE_TILES = 16
 _ROTATE_PROGRAMS = 528
-_LARGEST_CHUNK = 1 << 15
+_LARGEST_CHUNK = 1 << 14
 _SCRATCH_BYTES = 1 << 30
-_IS_KNOWN_LAUNCHER = triton.__version__.startswith("3.6.")  # the arguments of its C function are Triton's own affair
+_MAPS = 4096  # tensor maps that a layer's launches remember
 
 
 @functools.cache
@@ -39,6 +52,11 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -47,6 +65,34 @@ def _in_words(codes: int, residual: int, scales: int) -> bool:
     """Whether assembly can read planes at these addresses: it loads 16 bytes of a plane and 4 scales at a time, and a view
     that the user cut out of bytes may start anywhere (it takes the portable path)."""
     return (codes | residual | scales << 2) & 15 == 0
+
+
+def has_warp_groups(device: torch.device, residual_bits: int, columns: int) -> bool:
+    """Whether ``streamk_kernel`` runs on a GPU and can serve contiguous planes of 4 + ``residual_bits`` bits."""
+    runs = streamk_kernel is not None and _capability(device) == 90
+    return runs and columns % TILE == 0 and assembly(4, residual_bits) != ""
+
+
+@functools.lru_cache(maxsize=8192)
+def _streams(
+    device: torch.device, bits: int, residual_bits: int, groups: int, words: bool, strides: tuple[int, int, int]
+) -> bool:
+    """Whether ``streamk_kernel`` can serve a layer: the copy engine wants rows of codes at multiples of 16 bytes."""
+    aligned = words and (strides[0] | strides[1] | strides[2] << 2) % 16 == 0
+    return bits == 4 and aligned and has_warp_groups(device, residual_bits, groups * SCALE_BLOCK)
+
+
+def _goes_through_scratch(tokens: int, packed: PackedWeight, bits: int, residual_bits: int) -> bool:
+    codes, residual, scales, _ = packed
+    groups = scales.shape[1]
+    columns = groups * SCALE_BLOCK
+    if tokens <= crossover(bits, residual_bits, columns):
+        return False
+    rest = codes if residual is None else residual
+    words = _in_words(codes.data_ptr(), _address(residual), scales.data_ptr())
+    strides = codes.stride(0), rest.stride(0), scales.stride(0)
+    streams = _streams(codes.device, bits, residual_bits, groups, words, strides)
+    return tokens > crossover(bits, residual_bits, columns, streams)
 
 
 def _on_device_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -102,7 +148,7 @@ def linear(
     Constants (signs, Hadamard tiles, levels) are made on the first call per device: run a layer once before capturing it
     into a CUDA graph.
     """
-    rows, groups = packed.scales.shape
+    rows = packed.scales.shape[0]
     shape = list(x.shape)
     shape[-1] = rows
     tokens = x.numel() // in_features
@@ -112,7 +158,7 @@ def linear(
     if not x.is_contiguous():
         x = x.reshape(-1, in_features)
         x = x if x.stride(-1) == 1 else x.contiguous()
-    if x.dtype == torch.float32 or tokens > crossover(bits, residual_bits, groups * SCALE_BLOCK):
+    if x.dtype == torch.float32 or _goes_through_scratch(tokens, packed, bits, residual_bits):
         layout = (in_features, bits, residual_bits, group_size, seed)
         through_scratch(x.view(tokens, in_features), packed, bias, out.view(tokens, rows), *layout)
     else:
@@ -127,19 +173,29 @@ class _Launch:
     then on, by addresses: an integer costs the launcher less than a tensor.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], tail: tuple[Any, ...], warps: int, pdl: bool) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        tail: tuple[Any, ...],
+        warps: int,
+        pdl: bool,
+        registers: int | None = None,
+    ) -> None:
         self.kernel = kernel[grid]
         self.grid = grid
         self.tail = tail
         self.options = dict(num_warps=warps, num_stages=1, **({"launch_pdl": True} if pdl else {}))
+        if registers is not None:
+            self.options["maxnreg"] = registers
         self.run: Any = None  # once the kernel is compiled
         self.handles: tuple[Any, ...] = ()
 
-    def first(self, tensors: tuple[Tensor, ...], aligned: bool) -> None:
+    def first(self, tensors: tuple[Any, ...], aligned: bool) -> Any:
         """Through Triton. ``aligned``: what is compiled for these tensors is what :meth:`again` wants."""
         compiled = self.kernel(*tensors, *self.tail, **self.options)
         if not aligned or compiled is None:  # the interpreter returns none
-            return
+            return compiled
         # What JITFunction.run ends with: metadata and hooks of the launch, which there are none of, are None.
         run, self.handles = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         if _IS_KNOWN_LAUNCHER and type(run).__name__ == "CudaLauncher":
@@ -148,10 +204,64 @@ class _Launch:
             self.handles = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *self.handles[1:])
             run = run.launch
         self.run = run
+        return compiled
 
     def again(self, stream: int, *addresses: int) -> None:
         """For addresses that are multiples of 16."""
         self.run(*self.grid, stream, *self.handles, *addresses, *self.tail)
+
+
+class _Matrix(NamedTuple):
+    """What a tensor map says about an operand, but for its address; ``layout`` is that of a block in shared memory."""
+
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    stride: int
+    block: list[int]
+    layout: Any
+
+
+class _MappedLaunch(_Launch):
+    """A launch of ``streamk_kernel``, which reads three of its operands through tensor maps of the copy engine."""
+
+    def __init__(self, *arguments: Any, matrices: dict[int, _Matrix]) -> None:
+        super().__init__(*arguments)
+        self.matrices = matrices  # by position among the tensors
+        self.encodings: list[dict[str, Any]] = []
+        self.known: dict[tuple[int, int, int], tuple[Any, ...]] = {}  # addresses of the matrices -> arguments
+
+    def first(self, tensors: tuple[Tensor, ...], aligned: bool) -> Any:
+        operands: list[Any] = list(tensors)
+        for i, matrix in self.matrices.items():
+            base = tensors[i].view(matrix.dtype)
+            shape, strides = [matrix.rows, matrix.columns], [matrix.stride, 1]
+            operands[i] = TensorDescriptor(base, shape, strides, matrix.block, matrix.layout)
+        compiled = super().first(tuple(operands), aligned)
+        if self.run is not None:
+            # Triton encodes the maps in every launch, in Python; its C function takes them ready.
+            self.run = inspect.getclosurevars(self.run).nonlocals["launcher"]
+            self.encodings = compiled.metadata.tensordesc_meta
+        return compiled
+
+    def _encoded(self, addresses: tuple[int, ...]) -> tuple[Any, ...]:
+        """The maps, each with its shape and strides, as the kernel's C function wants them. An address decides all of it."""
+        out: list[Any] = []
+        for address, matrix, encoding in zip(addresses, self.matrices.values(), self.encodings, strict=True):
+            base = SimpleNamespace(data_ptr=lambda at=address: at)
+            sizes = dict(shape=[matrix.rows, matrix.columns], strides=[matrix.stride, 1], padding="zero")
+            out += make_tensordesc_arg(SimpleNamespace(base=base, **sizes), encoding)
+        return tuple(out)
+
+    def again(self, stream: int, *addresses: int) -> None:
+        x, scale, codes, residual, *others = addresses
+        key = (x, codes, residual)
+        known = self.known.get(key)
+        if known is None:
+            if len(self.known) >= _MAPS:
+                self.known.clear()
+            known = self.known[key] = self._encoded(key)
+        self.run(*self.grid, stream, *self.handles, *known[:5], scale, *known[5:], *others, *self.tail)
 
 
 class _Plan(NamedTuple):
@@ -187,7 +297,9 @@ def _plan(
     """``words``: assembly can read the planes. ``schedule`` is None to let the table decide."""
     decoder = assembly(bits, residual_bits) if words and _capability(device) >= 80 else ""
     if schedule is None:
-        schedule = choose(gpu_name(device), tokens, rows, groups * SCALE_BLOCK, residual_bits if decoder else None)
+        streams = _streams(device, bits, residual_bits, groups, words, strides)
+        columns = groups * SCALE_BLOCK
+        schedule = choose(gpu_name(device), tokens, rows, columns, residual_bits if decoder else None, streams)
     tiles = -(-groups // 4)
     block = rotation_block(in_features, group_size)
     pdl = _capability(device) >= 90
@@ -209,38 +321,66 @@ def _plan(
             level_addresses=(),
         )
     sizes = (tokens, rows, groups, tiles * TILE, *strides)
-    split = schedule.split
+    levels: tuple[Tensor, ...] = ()
+    arguments: tuple[Any, ...]
     if isinstance(schedule, Slices):
-        row_tiles, token_tiles, rows_per_tile, tokens_per_tile = -(-rows // SLICE_ROWS), 1, SLICE_ROWS, MOST_TOKENS
-        grid = (row_tiles, split, 1)
+        split, slots, part = schedule.split, -(-rows // SLICE_ROWS), SLICE_ROWS * MOST_TOKENS
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
-        matmul, order = slices_kernel, SLICES
-        levels: tuple[Tensor, ...] = ()
-        arguments: tuple[Any, ...] = (
+        order = SLICES
+        arguments = (
             *(*sizes, split, residual_bits, decoder, has_bias, tail),
             *(SLICE_ROWS, schedule.warps, split > 1, pdl),
         )
+        product = _Launch(slices_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
+        parts = slots * split if split > 1 else 0
+    elif isinstance(schedule, StreamK):
+        row_tiles, token_tiles = -(-rows // (64 * schedule.groups)), -(-tokens // schedule.block_m)
+        assert schedule.serves(groups * SCALE_BLOCK)
+        steps = groups * SCALE_BLOCK // schedule.step
+        units = row_tiles * token_tiles * steps
+        share = schedule.share(row_tiles * token_tiles, steps, _multiprocessors(device))
+        programs = -(-units // share)
+        order = SPLITK
+        width = residual_bits or 4
+        tile = schedule.block_m, schedule.groups
+        matrices = {
+            0: _Matrix(torch.float16, tokens, tiles * TILE, tiles * TILE, *x_block(schedule.block_m)),
+            2: _Matrix(torch.int32, rows, tiles * 16, strides[0] // 4, *plane_block(*tile, 4)),
+            3: _Matrix(torch.int32, rows, tiles * 4 * width, strides[1] // 4, *plane_block(*tile, width)),
+        }
+        arguments = (
+            *(tokens, rows, steps, token_tiles, strides[2], share, units),
+            *(*schedule, residual_bits, has_bias, pdl),
+        )
+        product = _MappedLaunch(streamk_kernel, (programs, 1, 1), arguments, 4, pdl, registers(*tile), matrices=matrices)
+        slots, part = row_tiles * token_tiles * schedule.groups, 64 * schedule.block_m
+        parts = 2 * programs * schedule.groups if share % steps else 0
     else:
-        rows_per_tile, tokens_per_tile = schedule.block_n, schedule.block_m
-        row_tiles, token_tiles = -(-rows // rows_per_tile), -(-tokens // tokens_per_tile)
-        grid = (row_tiles, split, token_tiles)
+        split, row_tiles, token_tiles = schedule.split, -(-rows // schedule.block_n), -(-tokens // schedule.block_m)
         tail = groups % 4 != 0
-        matmul, order, levels = splitk_kernel, SPLITK, (level_tensor(bits, residual_bits, device),)
+        order, levels = SPLITK, (level_tensor(bits, residual_bits, device),)
         arguments = (
             *(*sizes, split, bits, residual_bits, decoder, has_bias, tail),
-            *(tokens_per_tile, rows_per_tile, split > 1, 1 if tail else schedule.stages, pdl),
+            *(schedule.block_m, schedule.block_n, split > 1, 1 if tail else schedule.stages, pdl),
         )
+        product = _Launch(splitk_kernel, (row_tiles, split, token_tiles), arguments, schedule.warps, pdl)
+        slots, part = row_tiles * token_tiles, schedule.block_n * schedule.block_m
+        parts = slots * split if split > 1 else 0
     constants = (sign, tile_matrix(block, order, device, dtype))
-    slots = row_tiles * token_tiles if split > 1 else 0
+    slots = slots if parts else 0  # nobody counts
     offsets = [0]
     for size in (2 * tokens * tiles * TILE, 4 * tokens, 4 * slots):
         offsets.append(offsets[-1] + -(-size // 256) * 256)
-    total = offsets[3] + 4 * slots * split * rows_per_tile * tokens_per_tile
+    total = offsets[3] + 4 * parts * part
     chunk = min(_LARGEST_CHUNK, max(1024, triton.next_power_of_2(in_features)))
+    # Few enough programs to leave room on their multiprocessors for those of `streamk_kernel`.
+    most = _ROTATE_PROGRAMS // 4 if isinstance(schedule, StreamK) else _ROTATE_PROGRAMS
+    at_once = min(tokens, _ROTATE_PROGRAMS)
+    rotation_grid = (at_once, min(-(-tiles // _ROTATE_TILES), max(1, most // at_once)), 1)
     rotation_arguments = (x_stride, tokens, slots, in_features, tiles, block**-0.5, _ROTATE_TILES, chunk, pdl)
     return _Plan(
-        product=_Launch(matmul, grid, arguments, schedule.warps, pdl),
-        rotation=_Launch(rotate_scaled_kernel, (tokens, -(-tiles // _ROTATE_TILES), 1), rotation_arguments, 8, pdl),
+        product=product,
+        rotation=_Launch(rotate_scaled_kernel, rotation_grid, rotation_arguments, 8, pdl),
         constants=constants,
         levels=levels,
         constant_addresses=tuple(t.data_ptr() for t in constants),

@@ -60,40 +60,43 @@ def rotate_scaled_kernel(
     x, sign, matrix, out, token_scale, counters, x_stride, tokens, counters_size, columns, tiles, norm,
     TILES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, part): rotates ``TILES`` tiles of a token into half precision, scaled by a power of two.
+    """Program (token, part): rotates ``TILES`` tiles of a token into half precision, scaled by a power of two, then those of
+    the tokens and parts that are the grid's size away.
 
     ``x`` [tokens, columns] rows ``x_stride`` apart; ``out`` float16 [tokens, tiles * 128]; ``token_scale`` float32 [tokens]
-    is what the result must be multiplied by. Also zeroes the ``counters`` of the split-K reduction that follows.
+    is what the result must be multiplied by. Also zeroes the ``counters`` of the reduction that follows.
     """
-    token = tl.program_id(0)
-    part = tl.program_id(1)
-    row = x + token.to(tl.int64) * x_stride
-    tile = part * TILES + tl.arange(0, TILES)
     place = tl.arange(0, 128)
-    column = tile[:, None] * 128 + place[None, :]
     square = tl.load(matrix + place[:, None] * 128 + place[None, :])
-    flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
     if PDL:  # in this order: once the matmul starts, weights written by an earlier kernel are visible to it
         wait_for_producer()
         launch_dependents()
-    values = tl.load(row + column, mask=column < columns, other=0.0)
-    chunk = tl.arange(0, CHUNK)
-    largest = tl.zeros((CHUNK,), tl.float32)
-    for start in range(0, columns, CHUNK):
-        piece = tl.load(row + start + chunk, mask=start + chunk < columns, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(piece))
-    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
-    exponent = tl.where(bits == 0, 10, tl.maximum((bits >> 23) - 127, -110))
-    up = power_of_two(10 - exponent)
-
-    rotated = tl.dot(values * flips, square, input_precision="ieee") * (norm * up)
-    tl.store(out + token.to(tl.int64) * (tiles * 128) + column, rotated.to(tl.float16), mask=column < tiles * 128)
-    if part == 0:
-        tl.store(token_scale + token, power_of_two(exponent - 10))
-    program = token * tl.num_programs(1) + part
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     programs = tl.num_programs(0) * tl.num_programs(1)
     for start in range(program * 128, counters_size, programs * 128):
         tl.store(counters + start + place, tl.zeros((128,), tl.int32), mask=start + place < counters_size)
+    chunk = tl.arange(0, CHUNK)
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        row = x + tl.cast(token, tl.int64) * x_stride
+        target = out + tl.cast(token, tl.int64) * (tiles * 128)
+        column = (tl.program_id(1) * TILES + tl.arange(0, TILES))[:, None] * 128 + place[None, :]
+        values = tl.load(row + column, mask=column < columns, other=0.0)
+        flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
+        largest = tl.zeros((CHUNK,), tl.float32)
+        for start in range(0, columns, CHUNK):
+            piece = tl.load(row + start + chunk, mask=start + chunk < columns, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(piece))
+        bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+        exponent = tl.where(bits == 0, 10, tl.maximum((bits >> 23) - 127, -110))
+        up = norm * power_of_two(10 - exponent)
+        if tl.program_id(1) == 0:
+            tl.store(token_scale + token, power_of_two(exponent - 10))
+        for _ in range(tl.program_id(1), tl.cdiv(tiles, TILES), tl.num_programs(1)):
+            rotated = tl.dot(values * flips, square, input_precision="ieee") * up
+            tl.store(target + column, rotated.to(tl.float16), mask=column < tiles * 128)
+            column += tl.num_programs(1) * TILES * 128
+            values = tl.load(row + column, mask=column < columns, other=0.0)
+            flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])

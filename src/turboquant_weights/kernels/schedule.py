@@ -32,6 +32,30 @@ class Slices(NamedTuple):
     split: int
 
 
+class StreamK(NamedTuple):
+    """``streamk.py``, on sm_90: tiles of ``64 * groups`` rows x ``block_m`` tokens, one program per multiprocessor with
+    ``stages`` steps in flight."""
+
+    block_m: int
+    groups: int
+    stages: int
+
+    @property
+    def step(self) -> int:
+        """Columns of a step: few tokens leave room for two tiles of 128, and so for whole cache lines of codes."""
+        return 256 if self.block_m <= 64 else 128
+
+    def serves(self, columns: int) -> bool:
+        """The copy engine must not be sent to columns that all lie beyond the end."""
+        return columns % self.step == 0
+
+    def share(self, tiles: int, steps: int, programs: int) -> int:
+        """Steps of each program: whole tiles, which nobody has to add up, unless that leaves programs idle."""
+        even = -(-tiles * steps // programs)
+        whole = -(-tiles // programs) * steps
+        return whole if whole <= _WHOLE_TILES * even else even
+
+
 class SplitK(NamedTuple):
     """``splitk.py``: a tile of ``block_n`` rows x ``block_m`` tokens; ``split`` programs share the columns; ``stages`` tiles
     in flight through shared memory (1: through registers)."""
@@ -43,8 +67,8 @@ class SplitK(NamedTuple):
     warps: int
 
 
-Schedule = Rotating | Slices | SplitK
-_KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 5: SplitK}  # by their number of fields
+Schedule = Rotating | Slices | StreamK | SplitK
+_KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 5: SplitK}  # by their number of fields
 
 SLICE_ROWS = 16
 # What an H100 wants: programs of `rotating.py`, at most, by warps (without and with a residual), and the columns up to which
@@ -55,6 +79,12 @@ _ROTATING_COLUMNS = 8192
 _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
+_WHOLE_TILES = 1.05  # how much longer `streamk.py` may take to avoid partial sums
+# `streamk.py`: the fewest weights of a layer by the most tokens, without and with a residual; tokens from which on cuBLAS is
+# faster, by columns (long and short rows), without and with a residual; shared memory of a program.
+_STREAMK_WEIGHTS = {32: (1 << 25, None), 256: (1 << 24, 1 << 24)}
+_STREAMK_MOST = ((512, 512), (2048, 1024))
+_SHARED_BYTES, _ROTATION_BYTES = 226 << 10, 38 << 10
 _LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Token counts at which the table has entries; a batch takes the next larger one.
@@ -67,7 +97,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             8: (16, 64, 8, 1, 4),
             16: (16, 128, 8, 1, 8),
             32: (32, 128, 8, 1, 8),
-            64: (64, 64, 6, 3, 4),
+            64: (64, 2, 3),
             128: (128, 64, 4, 3, 4),
             256: (128, 64, 2, 3, 4),
         },
@@ -78,43 +108,43 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             32: (32, 64, 8, 1, 4),
             64: (64, 64, 6, 3, 4),
             128: (128, 64, 4, 3, 4),
-            256: (128, 64, 2, 3, 4),
+            256: (256, 2, 2),
         },
         (18944, 3584, 0): {
             1: (2,),
             8: (4, 1),
             16: (16, 64, 4, 1, 4),
-            32: (32, 64, 4, 1, 4),
-            64: (64, 64, 2, 3, 4),
-            128: (128, 64, 1, 2, 4),
-            256: (128, 64, 1, 2, 4),
+            32: (32, 2, 5),
+            64: (64, 2, 3),
+            128: (128, 2, 4),
+            256: (256, 2, 3),
         },
         (18944, 3584, 4): {
             1: (2,),
             8: (4, 1),
             16: (16, 64, 3, 1, 4),
             32: (32, 64, 3, 1, 4),
-            64: (64, 64, 3, 3, 4),
-            128: (128, 64, 2, 3, 4),
-            256: (128, 64, 1, 2, 4),
+            64: (64, 2, 3),
+            128: (128, 3, 3),
+            256: (256, 2, 2),
         },
         (3584, 18944, 0): {
             1: (8,),
             8: (16, 64, 12, 1, 4),
-            16: (16, 64, 12, 1, 4),
-            32: (32, 64, 12, 1, 4),
-            64: (64, 128, 8, 1, 8),
-            128: (128, 64, 4, 3, 4),
-            256: (128, 64, 2, 3, 4),
+            16: (16, 2, 6),
+            32: (32, 2, 5),
+            64: (64, 2, 3),
+            128: (128, 2, 4),
+            256: (256, 2, 3),
         },
         (3584, 18944, 4): {
             1: (8, 1),
             8: (4, 4),
-            16: (16, 64, 16, 1, 4),
-            32: (32, 64, 16, 1, 4),
-            64: (64, 64, 6, 3, 4),
-            128: (128, 64, 4, 3, 4),
-            256: (128, 64, 2, 3, 4),
+            16: (16, 2, 4),
+            32: (32, 2, 3),
+            64: (64, 2, 3),
+            128: (128, 2, 3),
+            256: (256, 2, 2),
         },
     },
 }
@@ -137,7 +167,7 @@ def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int
             shape = (int(entry["rows"]), int(entry["columns"]), int(entry["residual_bits"]))
             schedule = tuple(int(value) for value in entry["schedule"])
             if int(entry["tokens"]) not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
-                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1, 2 or 5 positive integers")
+                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1, 2, 3 or 5 positive integers")
             table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
@@ -153,28 +183,37 @@ def _own_table() -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ..
     return read(Path(path)) if path else {}
 
 
-def crossover(bits: int, residual_bits: int, columns: int) -> int:
+def crossover(bits: int, residual_bits: int, columns: int, warp_groups: bool = False) -> int:
     """Tokens above which a layer is dequantized for cuBLAS (measured on an H100)."""
     if bits != 4 or residual_bits == 3:
         return 32  # no assembly decoder
+    if warp_groups:
+        return _STREAMK_MOST[columns <= 8192][residual_bits > 0]
     return 256 if columns <= 8192 else 192
 
 
 @functools.lru_cache(maxsize=8192)
-def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | None) -> Schedule:
-    """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder."""
+def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | None, warp_groups: bool = False) -> Schedule:
+    """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder,
+    ``warp_groups`` says that `streamk.py` can serve the layer."""
     if residual_bits is not None:
-        shape, at = (rows, columns, residual_bits), next(t for t in TOKENS if t >= tokens)
+        shape, at = (rows, columns, residual_bits), next((t for t in TOKENS if t >= tokens), None)
         for table in (_own_table(), _TABLE):
-            entry = table.get(gpu, {}).get(shape, {}).get(at)
+            entry = table.get(gpu, {}).get(shape, {}).get(at or 0)
             if entry is not None:
-                return _KINDS[len(entry)](*entry)
+                schedule = _KINDS[len(entry)](*entry)
+                if not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns)):
+                    return schedule
         # Rotating takes registers, which a residual needs, too: over long rows two launches are faster then.
         if tokens == 1 and (not residual_bits or columns <= _ROTATING_COLUMNS):
             return rotating(rows, columns, residual_bits)
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
         if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
             return _slices(rows, columns)
+        if warp_groups and _is_enough(tokens, rows * columns, residual_bits):
+            streamk = _streamk(tokens, residual_bits)
+            if streamk.serves(columns):
+                return streamk
     return _splitk(tokens, rows, columns)
 
 
@@ -202,3 +241,28 @@ def _splitk(tokens: int, rows: int, columns: int) -> SplitK:
     programs = -(-rows // 64) * -(-tokens // block_m)
     fitting = [s for s in _SPLITS if programs * s <= _PROGRAMS[block_m] and columns >= s * _LEAST_COLUMNS]
     return SplitK(block_m, 64, max(fitting, default=1), 1 if block_m <= 32 else 3, 4)
+
+
+def _is_enough(tokens: int, weights: int, residual_bits: int) -> bool:
+    """Whether `streamk.py`, which takes longer to start and to end, is the faster one."""
+    if tokens <= 16:
+        return False
+    least = next((least for most, least in _STREAMK_WEIGHTS.items() if tokens <= most), (0, 0))[residual_bits > 0]
+    return least is not None and weights >= least
+
+
+def _streamk(tokens: int, residual_bits: int) -> StreamK:
+    """Tiles of 256 tokens take 1.8 times as long as tiles of 128; as many stages as fit."""
+    if tokens <= 128 or -(-tokens // 128) * 5 < -(-tokens // 256) * 9:
+        block_m = next(b for b in (32, 64, 128) if tokens <= b or b == 128)
+    else:
+        block_m = 256
+    return StreamK(block_m, 2, streamk_stages(block_m, 2, residual_bits))
+
+
+def streamk_stages(block_m: int, groups: int, residual_bits: int) -> int:
+    """Steps that fit into shared memory, beside a program of the rotation where there are registers for both."""
+    tiles = StreamK(block_m, groups, 1).step // 128
+    step = tiles * (64 * groups * (64 + 16 * residual_bits) + 256 * block_m + 4 * 128 * (groups - 1))
+    beside = block_m <= 64 or (block_m <= 128 and groups == 2)
+    return max(min(6, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(3, _SHARED_BYTES // step))

@@ -14,8 +14,20 @@ from torch import Tensor
 from ..errors import ScheduleError
 from ..reference import PackedWeight
 from .decode import FAST
-from .linear import fused
-from .schedule import SLICE_ROWS, TOKENS, Rotating, Schedule, Slices, SplitK, choose, gpu_name, read
+from .linear import fused, has_warp_groups
+from .schedule import (
+    SLICE_ROWS,
+    TOKENS,
+    Rotating,
+    Schedule,
+    Slices,
+    SplitK,
+    StreamK,
+    choose,
+    gpu_name,
+    read,
+    streamk_stages,
+)
 from .slices import MOST_TOKENS
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -80,8 +92,9 @@ def schedule_time(x: Tensor, planes: Sequence[PackedWeight], residual_bits: int,
     return graph_time([lambda p=p: fused(x, p, None, out, *layout, schedule) for p in planes], repeats)  # type: ignore[misc]
 
 
-def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
-    """Every schedule worth timing: enough programs for an H100, not more than a few waves."""
+def candidates(tokens: int, rows: int, columns: int, residual_bits: int | None = None) -> list[Schedule]:
+    """Every schedule worth timing: enough programs for an H100, not more than a few waves. ``residual_bits`` is None where
+    `streamk.py` does not run."""
     tiles = -(-columns // 128)
     out: list[Schedule] = []
     if tokens == 1:
@@ -92,6 +105,11 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
                 total = -(-rows // SLICE_ROWS) * warps * split
                 if 1000 <= total <= 10_000 and warps * split <= tiles:
                     out.append(Slices(warps, split))
+    if residual_bits is not None and tokens > MOST_TOKENS:
+        block_m = min(256, max(16, triton.next_power_of_2(tokens)))
+        for tile in ((block_m, 2), (min(block_m, 128), 3)):
+            schedule = StreamK(*tile, streamk_stages(*tile, residual_bits))
+            out += [schedule] if schedule.serves(columns) else []
     largest = min(128, max(16, triton.next_power_of_2(tokens)))
     for block_m in {largest, max(16, largest // 2)}:
         for block_n, warps, stages in _TILES[block_m]:
@@ -108,9 +126,10 @@ def tune(
     """The fastest schedule and its microseconds: a quick round over all candidates, a careful one over the best three."""
     planes = planes or cold_copies(rows, columns, residual_bits)
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-    default = choose(gpu_name(x.device), tokens, rows, columns, residual_bits)
+    warp_groups = has_warp_groups(x.device, residual_bits, columns)
+    default = choose(gpu_name(x.device), tokens, rows, columns, residual_bits, warp_groups)
     quick = []
-    for schedule in dict.fromkeys([default, *candidates(tokens, rows, columns)]):
+    for schedule in dict.fromkeys([default, *candidates(tokens, rows, columns, residual_bits if warp_groups else None)]):
         try:
             quick.append((schedule_time(x, planes, residual_bits, schedule, 3), schedule))
         except triton.runtime.errors.OutOfResources:

@@ -1,0 +1,541 @@
+"""The fused matmul for more than a few tokens on sm_90: one program per multiprocessor, warps with roles.
+
+One warp has the copy engine bring activations and planes into a ring of buffers in shared memory, another one copies the
+scales; two or three warp groups decode 64 rows each into registers, the left operand of the tensor cores, and share the
+activations. Shared memory is the only thing between them: nobody waits for the other, except for full and free buffers.
+
+Decoding and multiplying take turns inside a warp group, so a product of 64 columns is on its way while the next 64 are
+decoded. No product may be on its way across a branch: ptxas would give its registers to no other role, run out of them,
+and serialize all products (test_kernels_compile_for_every_supported_gpu listens for it).
+
+The steps (of 128 or 256 columns) of all tiles are numbered, and each program takes an equal share, whatever tiles it cuts
+(stream-K). Who arrives last at a tile adds the shares in the order of the programs: results do not depend on timing.
+
+Gluon, because Triton can express neither roles nor products that are waited for later. It is experimental, and
+``linear.py`` uses this module with a known version of Triton only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .decode import assembly, decode_wide, power_of_two, scale_pairs, tables, widen_residual
+from .nvidia import launch_dependents, wait_for_producer
+
+# Strings cannot be handed to the parts of a warp-specialized kernel.
+_ASSEMBLIES = gl.constexpr(tuple(assembly(4, residual_bits) for residual_bits in range(5)))
+_G0, _G1, _G2 = (gl.constexpr(group) for group in range(3))
+
+
+def x_block(tokens: int) -> tuple[list[int], Any]:
+    """Shape and layout in shared memory of one step's activations."""
+    return [tokens, 128 * _tiles(tokens)], gl.NVMMASharedLayout(128, 16, 2)
+
+
+def plane_block(tokens: int, groups: int, words: int) -> tuple[list[int], Any]:
+    """Shape and layout in shared memory of a copy of a plane with ``words`` words per 32 columns."""
+    width = 4 * words * _tiles(tokens)
+    return [64 * groups // _boxes(groups), width], gl.NVMMASharedLayout(4 * width if width > 4 else 0, 32, 2)
+
+
+def registers(tokens: int, groups: int) -> int | None:
+    """Of a thread at the start, where fewer than fit: the rotation's programs then leave room for this kernel's."""
+    return {2: 128 if tokens <= 128 else None, 3: 96 if tokens <= 64 else None}[groups]
+
+
+@gluon.constexpr_function
+def _consumer_registers(tokens, groups):
+    """Of a thread that multiplies: what is left beside a warp group of producers."""
+    if tokens > 128:
+        return 232
+    return {2: 168, 3: 112 if tokens <= 64 else 160}[groups]
+
+
+@gluon.constexpr_function
+def _producer_registers(tokens, groups):
+    return 48 if tokens <= 64 or (groups == 2 and tokens <= 128) else 32
+
+
+@gluon.constexpr_function
+def _boxes(groups):
+    """Copies per step and plane: shapes are powers of two."""
+    return 1 if groups == 2 else groups
+
+
+@gluon.constexpr_function
+def _scale_rows(groups):
+    return 128 if groups == 2 else 256
+
+
+@gluon.constexpr_function
+def _tiles(block_m):
+    """Tiles of 128 columns per step, as in ``schedule.StreamK.step``."""
+    return 2 if block_m <= 64 else 1
+
+
+@gluon.constexpr_function
+def _plane_layout(words, tiles):
+    """A thread (warp, g, t) reads ``words`` words, the 32 columns of scale t, of the rows 16 * warp + 2 * g + (0, 1)."""
+    registers = [*[[0, 1], [0, 2]][: words // 2], [1, 0], *[[0, 4 * words]][: tiles - 1]]
+    lanes = [[0, words], [0, 2 * words], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, 4 * words * tiles])
+
+
+@gluon.constexpr_function
+def _part_layout(tokens):
+    return gl.BlockedLayout([1, tokens // 8, 4], [32, 1, 1], [4, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def _out_layout(tokens):
+    registers = [[0, 1], [1, 0]] + [[token, 0] for token in (8, 16, 32, 64, 128) if token < tokens]
+    lanes = [[2, 0], [4, 0], [0, 2], [0, 4], [0, 8]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 16], [0, 32]], [], [tokens, 64])
+
+
+@gluon.jit
+def _fetch_planes(
+    row_tile, step, stage, codes, residual, code_ring, rest_ring, full,
+    GROUPS: gl.constexpr, TILES: gl.constexpr, RESIDUAL_BITS: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    barrier = full.index(stage)
+    mbarrier.expect(barrier, BYTES)
+    BOXES: gl.constexpr = _boxes(GROUPS)
+    for box in gl.static_range(BOXES):
+        row = row_tile * (64 * GROUPS) + box * (64 * GROUPS // BOXES)
+        tma.async_copy_global_to_shared(codes, [row, step * (16 * TILES)], barrier, code_ring.index(stage * BOXES + box))
+        if RESIDUAL_BITS > 0:
+            tma.async_copy_global_to_shared(
+                residual, [row, step * (4 * RESIDUAL_BITS * TILES)], barrier, rest_ring.index(stage * BOXES + box)
+            )
+
+
+@gluon.jit
+def _fetch_tokens(token_tile, step, stage, x, x_ring, full, BLOCK_M: gl.constexpr, TILES: gl.constexpr):
+    tma.async_copy_global_to_shared(x, [token_tile * BLOCK_M, step * (128 * TILES)], full.index(stage), x_ring.index(stage))
+
+
+@gluon.jit
+def _next(row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES: gl.constexpr):
+    """Counters of the next step: a division in the loop takes a single warp longer than all the rest."""
+    step += 1
+    if step == steps:
+        step = 0
+        token_tile += 1
+        if token_tile == token_tiles:
+            token_tile = 0
+            row_tile += 1
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return row_tile, token_tile, step, stage, phase
+
+
+@gluon.jit
+def _produce(
+    x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RESIDUAL_BITS: gl.constexpr, BYTES: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """One warp: keeps ``STAGES`` steps in flight. Planes do not depend on the rotation, so they do not wait for it."""
+    TILES: gl.constexpr = _tiles(BLOCK_M)
+    tile = first // steps
+    step = first - tile * steps
+    row_tile = tile // token_tiles
+    token_tile = tile - row_tile * token_tiles
+    stage = 0
+    phase = 0
+    filled = gl.minimum(first + STAGES, last)
+    start = row_tile, token_tile, step
+    for _ in range(first, filled):
+        _fetch_planes(
+            row_tile, step, stage, codes, residual, code_ring, rest_ring, full, GROUPS, TILES, RESIDUAL_BITS, BYTES
+        )
+        row_tile, token_tile, step, stage, phase = _next(
+            row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES
+        )
+    if PDL:
+        wait_for_producer()
+        if BLOCK_M <= 64:
+            launch_dependents()
+    row_tile, token_tile, step = start
+    stage = 0
+    phase = 0
+    for _ in range(first, filled):
+        _fetch_tokens(token_tile, step, stage, x, x_ring, full, BLOCK_M, TILES)
+        row_tile, token_tile, step, stage, phase = _next(
+            row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES
+        )
+    stage = 0
+    phase = 0
+    for _ in range(filled, last):
+        mbarrier.wait(empty.index(stage), phase)
+        _fetch_planes(
+            row_tile, step, stage, codes, residual, code_ring, rest_ring, full, GROUPS, TILES, RESIDUAL_BITS, BYTES
+        )
+        _fetch_tokens(token_tile, step, stage, x, x_ring, full, BLOCK_M, TILES)
+        row_tile, token_tile, step, stage, phase = _next(
+            row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES
+        )
+
+
+@gluon.jit
+def _produce_scales(
+    scales, scale_ring, full, empty, rows, steps, token_tiles, scale_stride, first, last,
+    GROUPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Another warp: rows of scales need not be multiples of 16 bytes, as the copy engine wants them."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ROWS: gl.constexpr = _scale_rows(GROUPS)
+    tile = first // steps
+    step = first - tile * steps
+    row_tile = tile // token_tiles
+    token_tile = tile - row_tile * token_tiles
+    stage = 0
+    phase = 1
+    words = scales.to(gl.pointer_type(gl.int32))
+    row = row_tile * (64 * GROUPS) + gl.arange(0, ROWS, LINE)
+    inside = gl.minimum(row, rows - 1) * (scale_stride // 4)
+    for _ in range(first, last):
+        mbarrier.wait(empty.index(stage), phase)
+        for i in gl.static_range(TILES):
+            word = step * TILES + i
+            async_copy.async_copy_global_to_shared(scale_ring.index(stage * TILES + i), words + word + inside)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        before = row_tile
+        row_tile, token_tile, step, stage, phase = _next(
+            row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES
+        )
+        if row_tile != before:
+            row += 64 * GROUPS
+            inside = gl.minimum(row, rows - 1) * (scale_stride // 4)
+
+
+@gluon.jit
+def _finish(
+    acc, token_scale, exponents, bias, out, first_row, first_token, rows, tokens,
+    TOKENS: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """``reduction.finish`` for ``acc`` [64, TOKENS]. Its row ``16 * warp + 8 * b + g`` is row ``16 * warp + 2 * g + b``:
+    a thread writes pairs."""
+    acc = acc.reshape(4, 2, 8, TOKENS).permute(3, 0, 2, 1).reshape(TOKENS, 64)
+    OUT: gl.constexpr = _out_layout(TOKENS)
+    acc = gl.convert_layout(acc, OUT)
+    row = first_row + gl.arange(0, 64, gl.SliceLayout(0, OUT))
+    token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(1, OUT))
+    exponent = gl.load(exponents + row, mask=row < rows, other=0).to(gl.int32) + 7
+    low = exponent >> 1
+    scale = gl.load(token_scale + token, mask=token < tokens, other=0.0)
+    acc = acc * gl.expand_dims(power_of_two(low), 0) * gl.expand_dims(scale, 1)
+    acc = acc * gl.expand_dims(power_of_two(exponent - low), 0)
+    if HAS_BIAS:
+        acc += gl.expand_dims(gl.load(bias + row, mask=row < rows, other=0.0).to(gl.float32), 0)
+    address = gl.expand_dims(out + token.to(gl.int64) * rows, 1) + gl.expand_dims(row, 0)
+    live = gl.expand_dims(row < rows, 0) & gl.expand_dims(token < tokens, 1)
+    gl.store(address, acc.to(out.dtype.element_ty), mask=live)
+
+
+@gluon.jit
+def _inside(TOKENS: gl.constexpr):
+    """Offsets in the memory of a partial sum [64, TOKENS]: 16 bytes per thread, next to each other."""
+    LAYOUT: gl.constexpr = _part_layout(TOKENS)
+    WIDE: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    thread = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(1, WIDE)), 1)
+    block = gl.expand_dims(gl.arange(0, TOKENS // 8, gl.SliceLayout(0, WIDE)), 0)
+    item = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    return gl.expand_dims(thread * 4 + block * 512, 2) + gl.expand_dims(gl.expand_dims(item, 0), 1)
+
+
+@gluon.jit
+def _store_part(part, acc, TOKENS: gl.constexpr):
+    gl.store(part + _inside(TOKENS), _as_part(acc, TOKENS))
+
+
+@gluon.jit
+def _as_part(acc, TOKENS: gl.constexpr):
+    # dims: warp, b, g, j, t, i -> thread, register
+    acc = acc.reshape(4, 2, 8, TOKENS // 8, 4, 2).permute(0, 2, 4, 3, 1, 5).reshape(128, TOKENS // 8, 4)
+    return gl.convert_layout(acc, _part_layout(TOKENS))
+
+
+@gluon.jit
+def _sum_parts(own, part, mine, count, stride, TOKENS: gl.constexpr):
+    """The sum over the ``count`` programs of a tile, in their order. ``own`` is what program ``mine`` has in registers; the
+    first one's share is in its second slot, the others' in their first."""
+    inside = _inside(TOKENS)
+    own = _as_part(own, TOKENS)
+    total = gl.load(part + inside, mask=mine != 0, other=0.0, cache_modifier=".cg")
+    total = gl.where(mine == 0, own, total)
+    part += stride // 2
+    if TOKENS <= 32:  # loads in flight together: registers
+        for i in range(1, count, 4):
+            a = gl.load(part + inside, mask=i != mine, other=0.0, cache_modifier=".cg")
+            mask = (i + 1 != mine) & (i + 1 < count)
+            b = gl.load(part + stride + inside, mask=mask, other=0.0, cache_modifier=".cg")
+            mask = (i + 2 != mine) & (i + 2 < count)
+            c = gl.load(part + 2 * stride + inside, mask=mask, other=0.0, cache_modifier=".cg")
+            mask = (i + 3 != mine) & (i + 3 < count)
+            d = gl.load(part + 3 * stride + inside, mask=mask, other=0.0, cache_modifier=".cg")
+            total += gl.where(i == mine, own, a)
+            total += gl.where(i + 1 == mine, own, b)
+            total += gl.where(i + 2 == mine, own, c)
+            total += gl.where(i + 3 == mine, own, d)
+            part += 4 * stride
+    else:
+        for i in range(1, count):
+            other = gl.load(part + inside, mask=i != mine, other=0.0, cache_modifier=".cg")
+            total += gl.where(i == mine, own, other)
+            part += stride
+    return total.reshape(4, 8, 4, TOKENS // 8, 2, 2).permute(0, 4, 1, 3, 2, 5).reshape(64, TOKENS)
+
+
+@gluon.jit
+def _halves(tensor, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """The columns below and above the middle, which threads hold in different registers."""
+    return gl.split(tensor.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+
+
+@gluon.jit
+def _word_halves(words):
+    """Words [64, 4, 4] of a thread's 32 columns -> [64, 8] of the columns that come first and last in a dot product."""
+    low, high = gl.split(words.reshape(64, 4, 2, 2).permute(0, 1, 3, 2))
+    return low.reshape(64, 8), high.reshape(64, 8)
+
+
+@gluon.jit
+def _left(codes, refined, pairs, words, RESIDUAL_BITS: gl.constexpr, ASSEMBLY: gl.constexpr, MMA: gl.constexpr):
+    """Half a tile [64, 64], decoded, as a left operand."""
+    weight = decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+    # dims: warp, g, b, t, i0, p0, h, i1 -> rows (warp, b, g), columns (p0, h, i1, t, i0)
+    weight = weight.reshape(4, 8, 2, 4, 2, 2, 2, 2).permute(0, 2, 1, 5, 6, 7, 3, 4).reshape(64, 64)
+    return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _end_tile(
+    acc, tile, token_scale, exponents, bias, out, partial, counters, rows, tokens, steps, token_tiles, share,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Writes ``acc`` [64, BLOCK_M] out, or to memory, for the last of the programs that share the tile to add up."""
+    row_tile = tile // token_tiles
+    row = row_tile * (64 * GROUPS) + GROUP * 64
+    token = (tile - row_tile * token_tiles) * BLOCK_M
+    begin = (tile * steps) // share
+    end = ((tile + 1) * steps - 1) // share
+    # At most 64 tokens at a time: registers.
+    CHUNK: gl.constexpr = BLOCK_M if BLOCK_M <= 64 else 64
+    if BLOCK_M <= 64:
+        chunks = (acc,)
+    elif BLOCK_M == 128:
+        chunks = _halves(acc, 64, 128)
+    else:
+        low, high = _halves(acc, 64, 256)
+        chunks = _halves(low, 64, 128) + _halves(high, 64, 128)
+    count = end - begin + 1
+    done = count == 1
+    mine = gl.program_id(0) - begin
+    PART: gl.constexpr = 64 * BLOCK_M
+    if not done:
+        counter = counters + tile * GROUPS + GROUP
+        arrived = 0
+        if mine == 0:  # its share is its last work: the others may well have arrived, and nobody needs its sums
+            arrived = gl.atomic_add(counter, 0, sem="acquire")
+        if arrived != count - 1:
+            slot = (gl.program_id(0) * 2 + (mine == 0).to(gl.int32)) * GROUPS + GROUP
+            part = partial + slot.to(gl.int64) * PART
+            for i in gl.static_range(BLOCK_M // CHUNK):
+                _store_part(part + i * 64 * CHUNK, chunks[i], CHUNK)
+            gl.thread_barrier()
+            arrived = gl.atomic_add(counter, 1, sem="acq_rel")
+        done = arrived == count - 1
+    if done:
+        slot = (begin * 2 + 1) * GROUPS + GROUP
+        part = partial + slot.to(gl.int64) * PART
+        for i in gl.static_range(BLOCK_M // CHUNK):
+            chunk = chunks[i]
+            if count > 1:
+                total = _sum_parts(chunk, part + i * 64 * CHUNK, mine, count, 2 * GROUPS * PART, CHUNK)
+                chunk = gl.convert_layout(total, chunk.type.layout)
+            _finish(chunk, token_scale, exponents, bias, out, row, token + i * CHUNK, rows, tokens, CHUNK, HAS_BIAS)
+
+
+@gluon.jit
+def _planes(part, WORDS: gl.constexpr, TILES: gl.constexpr):
+    """A thread's words of each tile of a step."""
+    words = part.load(_plane_layout(WORDS, TILES))
+    return _halves(words, 64, 8 * WORDS) if TILES == 2 else (words,)
+
+
+@gluon.jit
+def _consume(
+    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+    token_scale, exponents, bias, out, partial, counters,
+    tokens, rows, steps, token_tiles, share, first, last,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """One warp group: 64 rows. While the tensor cores multiply 64 columns, the next 64 are decoded."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    CODES: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [1, 0, 0]], [[0, 1, 0], [0, 2, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0]],
+        [[16, 0, 0], [32, 0, 0]], [], [64, 4, 4],
+    )  # fmt: skip
+    PAIRS: gl.constexpr = gl.SliceLayout(2, CODES)
+    LINES: gl.constexpr = gl.SliceLayout(1, PAIRS)
+    BOXES: gl.constexpr = _boxes(GROUPS)
+    TILES: gl.constexpr = _tiles(BLOCK_M)
+    ASSEMBLY: gl.constexpr = _ASSEMBLIES[RESIDUAL_BITS]
+    words = tables(RESIDUAL_BITS)
+    pick = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, PAIRS)), 0)
+    if PDL:
+        wait_for_producer()
+    stage = 0
+    phase = 0
+    for tile in range(first // steps, (last + steps - 1) // steps):
+        acc = gl.zeros((64, BLOCK_M), gl.float32, MMA)
+        begin = gl.maximum(first, tile * steps)
+        for _ in range(begin, gl.minimum(last, (tile + 1) * steps)):
+            mbarrier.wait(full.index(stage), phase)
+            if BOXES == 1:
+                code_part = code_ring.index(stage).slice(GROUP * 64, 64)
+                rest_part = rest_ring.index(stage).slice(GROUP * 64, 64)
+            else:
+                code_part = code_ring.index(stage * BOXES + GROUP)
+                rest_part = rest_ring.index(stage * BOXES + GROUP)
+            codes = _planes(code_part, 4, TILES)
+            rests = codes
+            if RESIDUAL_BITS > 0:
+                rests = _planes(rest_part, RESIDUAL_BITS, TILES)
+            right = x_ring.index(stage).permute((1, 0))
+            for i in gl.static_range(TILES):
+                packed = gl.convert_layout(codes[i].reshape(64, 4, 4), CODES, assert_trivial=True)
+                refined = packed
+                if RESIDUAL_BITS > 0:
+                    refined = widen_residual(rests[i], 64, 4, RESIDUAL_BITS).reshape(64, 4, 4)
+                    refined = gl.convert_layout(refined, CODES, assert_trivial=True)
+                scale = scale_ring.index(stage * TILES + i).slice(GROUP * 64, 64).load(LINES)
+                pairs = gl.expand_dims(scale_pairs(gl.expand_dims(scale, 1), pick), 2).broadcast_to(64, 4, 4)
+                packed_halves = _word_halves(packed)
+                refined_halves = _word_halves(refined)
+                pair_halves = _word_halves(pairs)
+                for half in gl.static_range(2):
+                    weight = _left(
+                        packed_halves[half], refined_halves[half], pair_halves[half], words, RESIDUAL_BITS, ASSEMBLY, MMA
+                    )
+                    acc = warpgroup_mma(weight, right.slice(i * 128 + half * 64, 64), acc, is_async=True)
+                    # One in flight, while the next is decoded; none when the block ends, or ptxas waits for each.
+                    if i == TILES - 1 and half == 1:
+                        acc = warpgroup_mma_wait(0, deps=[acc])
+                    else:
+                        acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        _end_tile(
+            acc, tile, token_scale, exponents, bias, out, partial, counters, rows, tokens, steps, token_tiles, share,
+            BLOCK_M, GROUPS, HAS_BIAS, GROUP,
+        )  # fmt: skip
+    if PDL and BLOCK_M > 64:
+        launch_dependents()
+
+
+@gluon.jit(do_not_specialize=["tokens", "scale_stride", "steps", "token_tiles", "share", "total"])
+def streamk_kernel(
+    x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
+    tokens, rows, steps, token_tiles, scale_stride, share, total,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    first = gl.program_id(0) * share
+    last = gl.minimum(first + share, total)
+    REGISTERS: gl.constexpr = _consumer_registers(BLOCK_M, GROUPS)
+    FEW: gl.constexpr = _producer_registers(BLOCK_M, GROUPS)
+    TILES: gl.constexpr = _tiles(BLOCK_M)
+    BYTES: gl.constexpr = TILES * (GROUPS * 64 * (64 + 16 * RESIDUAL_BITS) + BLOCK_M * 256)
+    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BOXES: gl.constexpr = _boxes(GROUPS)
+    ROWS: gl.constexpr = 64 * GROUPS // BOXES
+    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES * BOXES, ROWS, 16 * TILES], codes.layout)
+    rest_ring = code_ring
+    if RESIDUAL_BITS > 0:
+        rest_ring = gl.allocate_shared_memory(gl.int32, [STAGES * BOXES, ROWS, 4 * RESIDUAL_BITS * TILES], residual.layout)
+    x_ring = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_M, 128 * TILES], x.layout)
+    scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES * TILES, _scale_rows(GROUPS)], ONE)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=33)
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    fence_async_shared()
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    token_scale, exponents, bias, out, partial, counters,
+                    tokens, rows, steps, token_tiles, share, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
+                )),
+                (_consume, (
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    token_scale, exponents, bias, out, partial, counters,
+                    tokens, rows, steps, token_tiles, share, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
+                )),
+                (_produce, (
+                    x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, BYTES, PDL,
+                )),
+                (_produce_scales, (
+                    scales, scale_ring, full, empty, rows, steps, token_tiles, scale_stride, first, last,
+                    GROUPS, TILES, STAGES,
+                )),
+            ],
+            [4, 1, 1], [REGISTERS, FEW, FEW],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    token_scale, exponents, bias, out, partial, counters,
+                    tokens, rows, steps, token_tiles, share, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
+                )),
+                (_consume, (
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    token_scale, exponents, bias, out, partial, counters,
+                    tokens, rows, steps, token_tiles, share, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
+                )),
+                (_consume, (
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    token_scale, exponents, bias, out, partial, counters,
+                    tokens, rows, steps, token_tiles, share, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G2,
+                )),
+                (_produce, (
+                    x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
+                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, BYTES, PDL,
+                )),
+                (_produce_scales, (
+                    scales, scale_ring, full, empty, rows, steps, token_tiles, scale_stride, first, last,
+                    GROUPS, TILES, STAGES,
+                )),
+            ],
+            [4, 4, 1, 1], [REGISTERS, REGISTERS, FEW, FEW],
+        )  # fmt: skip
