@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from turboquant_weights import FormatError, TurboQuantConfig, TurboQuantLinear
 from turboquant_weights.experts import TurboQuantExperts
-from turboquant_weights.integrations.vllm.shards import Shard, Shards, window
+from turboquant_weights.graded import split_rows
+from turboquant_weights.integrations.vllm.shards import GradedShards, Shard, Shards, window
 from turboquant_weights.integrations.vllm.stacks import Experts
 from turboquant_weights.rotation import rotate, rotation_block, seed_from_column, signs
 
@@ -129,6 +130,71 @@ def test_lookup_of_padded_rows():
     rows = shards.lookup(ids, torch.float32)
     assert torch.equal(rows[0], whole.dequantize()[[0, 9]])
     assert not rows[1, 0].any()
+
+
+GRADES = ((5, 4, 2), (40, 4, 0), (15, 3, 0))
+
+
+def graded(base_only=False):
+    """A loaded embedding of 60 tokens, of which the first ten have no row in the last grade, and its matrix."""
+    torch.manual_seed(3)
+    config = TurboQuantConfig(seed=8)
+    grades = tuple((rows, bits, 0) for rows, bits, _ in GRADES) if base_only else GRADES
+    importance = torch.randn(60)
+    importance[:10] += 9
+    order, rows = split_rows(importance, grades)
+    shards, weight = GradedShards("e", grades, config, 96, torch.float32), torch.empty(60, 96)
+    for index, (part, grade) in enumerate(zip(rows, grades, strict=True)):
+        whole = layer(len(part), 96, config.with_bits(*grade[1:]), seed=index)
+        put_rows(shards, index, whole, 0, len(part))
+        weight[part] = whole.dequantize()
+    shards.put_order(order)
+    shards.check_complete()
+    return shards, weight
+
+
+@pytest.mark.parametrize("base_only", [False, True])
+@pytest.mark.parametrize(
+    ("start", "stop", "rows", "kept"),
+    [
+        (0, 60, 60, {0, 1, 2}),
+        (0, 60, 64, {0, 1, 2}),
+        (5, 39, 34, {0, 1, 2}),
+        (0, 10, 10, {0, 1}),
+        (0, 10, 12, {0, 1, 2}),
+        (10, 60, 64, {1, 2}),
+    ],
+)
+def test_grades_of_the_tokens_of_a_rank(start, stop, rows, kept, base_only):
+    shards, weight = graded(base_only)
+    shards.keep(start, stop, rows)
+    part = torch.zeros(rows, 96)
+    part[: stop - start] = weight[start:stop]
+    ids = torch.arange(rows).roll(7).reshape(2, -1)
+    assert torch.equal(shards.lookup(ids, torch.float32), part[ids])
+    x, bias = torch.randn(3, 96), torch.randn(rows)
+    torch.testing.assert_close(shards(x, bias), x @ part.T + bias, atol=1e-4, rtol=1e-4)
+    assert torch.equal(shards(x), shards(x, torch.zeros(rows)))
+    assert len(shards.runs) == len({max(grade, 1) for grade in kept} if base_only else kept)
+    # Nothing of the other ranks' tokens stays.
+    assert sum(run.codes.shape[0] for run in shards.runs) == rows == len(shards.order)
+
+
+def test_an_order_that_does_not_fit():
+    shards = GradedShards("m.e", GRADES, TurboQuantConfig(), 96, torch.float32)
+    order = torch.arange(60, dtype=torch.int32)
+    with pytest.raises(FormatError, match=r"m\.e\.order is torch\.int64 \[60\]: it must be torch\.int32 \[60\]"):
+        shards.put_order(order.long())
+    with pytest.raises(FormatError, match=r"m\.e\.order is torch\.int32 \[59\]"):
+        shards.put_order(order[:59])
+    with pytest.raises(FormatError, match=r"m\.e\.order does not name every row once"):
+        shards.put_order(order.clamp(max=58))
+    for index, (rows, *bits) in enumerate(GRADES):
+        put_rows(shards, index, layer(rows, 96, TurboQuantConfig(*bits)), 0, rows)
+    with pytest.raises(FormatError, match=r"m\.e\.order did not come with the checkpoint"):
+        shards.check_complete()
+    shards.put_order(order)
+    shards.check_complete()
 
 
 def stacks(config, columns=96, rows=64, count=3):

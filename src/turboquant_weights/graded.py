@@ -9,7 +9,7 @@ the same grades, one product each, and puts the outputs into the order of the to
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,18 +81,7 @@ class _Graded(nn.Module):
         return LazyWeight(self.dequantize, torch.Size(self.shape), self.dense_dtype, self.order.device)
 
     def _lookup(self, ids: Tensor) -> Tensor:
-        # As an embedding of its own, so that an id out of range is the error that it is everywhere.
-        stored = nn.functional.embedding(ids, self.order[:, None])[..., 0]
-        out: Tensor | None = None
-        start = 0
-        # Every grade decodes every id, clamped into its rows: a shape that depended on the ids would make a GPU wait.
-        for part in self.parts:
-            rows = part.shape[0]
-            found = part._lookup((stored - start).clamp(0, rows - 1))
-            out = found if out is None else torch.where((stored >= start)[..., None], found, out)
-            start += rows
-        assert out is not None
-        return out
+        return lookup(ids, self.order, [(part.shape[0], part._lookup) for part in self.parts])
 
     def base_only_(self) -> Any:
         """Drops the residual planes in place."""
@@ -199,6 +188,21 @@ class GradedHead(_Graded, nn.Linear):  # type: ignore[override]  # the weight is
 
 
 GRADED = (GradedEmbedding, GradedHead)
+
+
+def lookup(ids: Tensor, order: Tensor, grades: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> Tensor:
+    """Rows of tokens: ``grades`` are the number of rows of each grade and what looks them up, the first one's first."""
+    # As an embedding of its own, so that an id out of range is the error that it is everywhere.
+    stored = nn.functional.embedding(ids, order[:, None])[..., 0]
+    out: Tensor | None = None
+    start = 0
+    # Every grade decodes every id, clamped into its rows: a shape that depended on the ids would make a GPU wait.
+    for rows, decode in grades:
+        found = decode((stored - start).clamp(0, rows - 1))
+        out = found if out is None else torch.where((stored >= start)[..., None], found, out)
+        start += rows
+    assert out is not None
+    return out
 
 
 def grade_names(model: nn.Module) -> dict[str, str]:

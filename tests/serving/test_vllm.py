@@ -36,12 +36,15 @@ MIXED = TurboQuantConfig(
     skip=["*.0.self_attn.v_proj", "*.1.mlp.up_proj"],
 )
 EMBEDDING = TurboQuantConfig(4, 2, seed=9, embeddings={"model.embed_tokens": (4, 2)})
+GRADES = TurboQuantConfig(4, seed=9, embeddings={"model.embed_tokens": ((12, 4, 2), (50, 4, 0), (35, 3, 0))})
 CHECKPOINTS = {
     "llama-4": ("Llama", {}, TurboQuantConfig(4)),
     "llama-4+4": ("Llama", {}, TurboQuantConfig(4, 4, group_size=64, seed=123)),
     "llama-mixed-dense-head": ("Llama", {}, MIXED),
     "llama-tied-embedding": ("Llama", TIED, EMBEDDING),
     "qwen2-biases-embedding": ("Qwen2", {**QWEN, **TIED}, EMBEDDING),
+    "llama-tied-grades": ("Llama", TIED, GRADES),
+    "qwen2-biases-grades": ("Qwen2", {**QWEN, **TIED}, GRADES),
     "qwen2-mixed": ("Qwen2", QWEN, MIXED),
     "qwen3-moe": ("Qwen3Moe", MOE, TurboQuantConfig(4, 2, layer_bits={"*.experts.down_proj": (4, 4)})),
 }
@@ -56,7 +59,9 @@ def folder(tmp_path_factory):
         if name not in made:
             kind, settings, config = CHECKPOINTS[name]
             model = engine.random_model(kind, **settings)
-            quantize_model(model, config)
+            # A text says which rows have which grade.
+            text = torch.randint(97, (4, 32), generator=torch.Generator().manual_seed(1)) if config is GRADES else None
+            quantize_model(model, config, calibration=text)
             made[name] = tmp_path_factory.mktemp("checkpoints") / name
             save(model, made[name])
         return made[name]
@@ -82,6 +87,8 @@ def test_logits_are_those_of_transformers(folder, name):
     [
         ("llama-mixed-dense-head", {}),
         ("qwen2-biases-embedding", {}),
+        ("llama-tied-grades", {}),
+        ("qwen2-biases-grades", {}),
         ("qwen3-moe", {}),
         ("qwen3-moe", {"enable_expert_parallel": True}),
     ],
@@ -93,13 +100,13 @@ def test_two_ranks_give_the_same_logits(folder, name, options):
     assert difference(got, tokens, folder(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama-mixed-dense-head", "qwen2-biases-embedding", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama-mixed-dense-head", "qwen2-biases-embedding", "qwen2-biases-grades", "qwen3-moe"])
 def test_compiled_engine_gives_the_same_logits(folder, name):
     got, tokens = engine.serve(folder(name), enforce_eager=False)
     assert difference(got, tokens, folder(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama-tied-embedding", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama-tied-embedding", "llama-tied-grades", "qwen3-moe"])
 def test_base_planes_alone(folder, name):
     options = {"turboquant_weights": {"base_only": True}}
     got, tokens = engine.serve(folder(name), additional_config=options)
@@ -107,11 +114,15 @@ def test_base_planes_alone(folder, name):
     assert difference(got, tokens, folder(name)) > 0.05
 
 
-def test_memory_is_that_of_the_packed_planes(folder):
-    info = validate(folder("llama-tied-embedding"))
-    with engine.engine(folder("llama-tied-embedding")) as llm:
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("llama-tied-embedding", 96 * 6 // 8 + 96 // 32 + 1), ("llama-tied-grades", 96 * 3 // 8 + 96 // 32 + 1 + 4)],
+)
+def test_memory_is_that_of_the_packed_planes(folder, name, row):
+    info = validate(folder(name))
+    with engine.engine(folder(name)) as llm:
         (resident,) = llm.apply_model(_parameter_bytes)
-    padding = (128 - 97) * (96 * 6 // 8 + 96 // 32 + 1)  # vLLM pads the vocabulary
+    padding = (128 - 97) * row  # vLLM pads the vocabulary; the last grade has these rows
     norms = info.other_bytes  # float32 here as there
     assert resident == info.quantized_bytes + norms + padding
 
@@ -215,7 +226,15 @@ def swap_two_experts(tensors):
         tensors[f"model.layers.0.mlp.experts.gate_up_proj.{plane}"] = stack[[1, 0, 2, 3]].contiguous()
 
 
-@pytest.mark.parametrize(("name", "swap"), [("llama-4", swap_gate_and_up), ("qwen3-moe", swap_two_experts)])
+def swap_two_tokens(tensors):
+    order = tensors["model.embed_tokens.order"]
+    order[[5, 9]] = order[[9, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "swap"),
+    [("llama-4", swap_gate_and_up), ("qwen3-moe", swap_two_experts), ("llama-tied-grades", swap_two_tokens)],
+)
 def test_swapped_shards_are_seen(folder, tmp_path, name, swap):
     """The control of all tests above: parts in each other's place are another model."""
     got, tokens = engine.serve(changed(folder(name), tmp_path / "swapped", swap))
@@ -290,6 +309,14 @@ def test_checkpoint_of_another_size(folder, tmp_path):
     assert "model.layers.0.mlp.down_proj is stored with 160 columns" in message or "gate_proj" in message
 
 
+def test_grades_of_another_vocabulary(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder("llama-tied-grades"), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 96}))
+    assert "model.embed_tokens is stored with 97 rows" in refused(other)
+
+
 def test_layer_without_a_place(folder, tmp_path):
     def add(tensors):
         for plane in ("codes", "scales", "exponents"):
@@ -317,6 +344,7 @@ def test_options_of_a_quantized_checkpoint(folder, options, message):
         ({"base_only": True}, "this checkpoint is not quantized yet"),
         ({"bits": 5}, "bits is 5: it must be one of 2, 3, 4"),
         ({"bit": 4}, "unknown keys ['bit']"),
+        ({"embeddings": {"model.embed_tokens": [[97, 4, 2]]}}, "a calibration text must say which rows come first"),
         ({"skip": ["*.0_proj"]}, "skip pattern '*.0_proj' matches no layer of vLLM's model: it has model.embed_tokens"),
     ],
 )

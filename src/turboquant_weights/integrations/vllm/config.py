@@ -8,6 +8,7 @@ rename them (``apply_vllm_mapper``).
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ class TurboQuantVllmConfig(QuantizationConfig):
     def __init__(self, stored: TurboQuantConfig | None = None) -> None:
         super().__init__()
         self.stored = stored
-        self.layers: dict[str, LayerInfo] = {}  # by vLLM's names: the quantized layers of the checkpoint
+        # By vLLM's names: the quantized layers of the checkpoint; its embeddings, with all grades if it has some.
+        self.layers: dict[str, LayerInfo] = {}
+        self.embeddings: dict[str, tuple[LayerInfo, ...]] = {}
         self.skip: tuple[str, ...] = stored.skip or () if stored else ()
         self.ties_head = False
         self.claimed: set[str] = set()  # of the names in the checkpoint
@@ -87,10 +90,16 @@ class TurboQuantVllmConfig(QuantizationConfig):
             layers = info.layers
         else:
             layers = _layers_on_the_hub(model_name, revision, self.stored)
-        self.layers = {layer.name: layer for layer in layers}
+        self.layers = {layer.name: layer for layer in layers if layer.kind != "embedding"}
+        self.embeddings = {}
+        for layer in layers:
+            if layer.kind == "embedding":
+                name = _embedding_of(layer, self.stored)
+                self.embeddings[name] = (*self.embeddings.get(name, ()), layer)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self.embeddings = hf_to_vllm_mapper.apply_dict(self.embeddings)
         self.skip = tuple(hf_to_vllm_mapper.apply_list(list(self.skip)))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # asked when the model is built
@@ -156,28 +165,30 @@ class TurboQuantVllmConfig(QuantizationConfig):
         is_head = isinstance(layer, ParallelLMHead)
         if self.stored is None:
             return self._new_vocabulary(is_head, prefix)
-        embeddings = {name: info for name, info in self.layers.items() if info.kind == "embedding"}
         if is_head:
             head = self.layers.get(prefix or _HEAD)
             if head is None:
-                tied = embeddings and (prefix or _HEAD) not in self.skip
+                tied = self.embeddings and (prefix or _HEAD) not in self.skip
                 return TurboQuantVocabMethod(None, None, False) if tied else None
-            info = head
+            infos: tuple[LayerInfo, ...] = (head,)
         elif prefix:
-            if prefix not in embeddings:
+            if prefix not in self.embeddings:
                 return None
-            info = embeddings[prefix]
+            infos = self.embeddings[prefix]
         else:
-            if len(embeddings) > 1:
+            if len(self.embeddings) > 1:
                 raise ConfigError(
-                    f"the checkpoint has quantized embeddings {', '.join(embeddings)}, and this model does not tell vLLM "
-                    "which is which: leave embeddings dense to serve it"
+                    f"the checkpoint has quantized embeddings {', '.join(self.embeddings)}, and this model does not tell "
+                    "vLLM which is which: leave embeddings dense to serve it"
                 )
-            if not embeddings:
+            if not self.embeddings:
                 return None
-            (info,) = embeddings.values()
-        _check_columns(info, layer.embedding_dim, prefix or info.name)
-        return TurboQuantVocabMethod(info.name, self._claim(info), False)
+            (infos,) = self.embeddings.values()
+        for info in infos:
+            _check_columns(info, layer.embedding_dim, prefix or info.name)
+        config, *_ = (self._claim(info) for info in infos)
+        name = _embedding_of(infos[0], self.settings)
+        return TurboQuantVocabMethod(name, config, False, self.settings.grades(name))
 
     def _new_vocabulary(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
         if not is_head:
@@ -261,7 +272,8 @@ class TurboQuantVllmConfig(QuantizationConfig):
         Raises:
             FormatError: one has none.
         """
-        lost = [info.name for info in self.layers.values() if info.name not in self.claimed]
+        infos = itertools.chain(self.layers.values(), *self.embeddings.values())
+        lost = [info.name for info in infos if info.name not in self.claimed]
         if not lost:
             return
         message = f"{len(lost)} quantized layers have no place in vLLM's model, e.g. {lost[0]}"
@@ -284,7 +296,20 @@ def _from_options(options: dict[str, Any]) -> TurboQuantConfig:
     for name in ("source", "format_version", "experts"):
         if name in options:
             raise ConfigError(f"additional_config has {name!r}: nothing is to be said about it here, leave it out")
-    return TurboQuantConfig.from_dict(options)
+    config = TurboQuantConfig.from_dict(options)
+    for name in config.embeddings or ():
+        if config.grades(name) is not None:
+            raise ConfigError(
+                f"additional_config has grades for {name!r}: a calibration text must say which rows come first, and there "
+                "is none while a model loads. Give one pair of bits, e.g. [4, 2], or quantize the model before"
+            )
+    return config
+
+
+def _embedding_of(info: LayerInfo, config: TurboQuantConfig) -> str:
+    """Name of the embedding of which ``info`` is a grade; its own name if it is none."""
+    parent = info.name.rpartition(".")[0]
+    return info.name if config.grades(parent) is None else parent
 
 
 def _check_columns(info: LayerInfo, in_features: int, prefix: str) -> None:

@@ -16,10 +16,10 @@ from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinea
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from ...config import TurboQuantConfig
+from ...config import Grades, TurboQuantConfig
 from ...errors import ConfigError, FormatError
 from ...planes import PLANES
-from .shards import Shard, Shards
+from .shards import GradedShards, Shard, Shards
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 _INTEGERS = {"codes": torch.uint8, "residual": torch.uint8, "scales": torch.uint8, "exponents": torch.int8}
@@ -35,15 +35,13 @@ class _Loading:
         self.rank, self.ranks = rank, ranks
         self.online = online
 
-    def declare(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Registers the empty parameters."""
+    def declare(self, layer: nn.Module, dtype: torch.dtype, shard_id: Any = None) -> None:
+        """Registers the empty parameters. ``shard_id``: of the shards that they are for, where vLLM does not tell."""
         for name in ("weight", *PLANES):
-            slot = nn.Parameter(torch.empty(0, dtype=_INTEGERS.get(name, dtype)), requires_grad=False)
-            layer.register_parameter(name, slot)
-            set_weight_attrs(slot, {"weight_loader": self._loader(name)})
+            _declare(layer, name, _INTEGERS.get(name, dtype), self._loader(name, shard_id))
 
-    def _loader(self, plane: str) -> Any:
-        def load(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None) -> None:
+    def _loader(self, plane: str, shard_id: Any) -> Any:
+        def load(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = shard_id) -> None:
             indices = self._indices(loaded_shard_id)
             if plane == "weight" and loaded_weight.shape == (0,):
                 return  # the tripwire
@@ -103,14 +101,39 @@ class _VocabLoading(_Loading):
         return start, stop - start
 
 
+class _GradedLoading(_Loading):
+    """All rows of a graded vocabulary; those of the rank are picked in the end. Grade ``i`` is the module ``<i>`` of the
+    layer while it loads."""
+
+    shards: GradedShards
+
+    def __init__(self, layer: Any, shards: GradedShards) -> None:
+        super().__init__(layer.prefix, shards, [shard.rows for shard in shards.shards], 0, 1, False)
+
+    def declare(self, layer: nn.Module, dtype: torch.dtype, shard_id: Any = None) -> None:
+        for index in range(len(self.shards.shards)):
+            grade = nn.Module()
+            layer.add_module(str(index), grade)
+            super().declare(grade, dtype, index)
+        _declare(layer, "weight", dtype, self._loader("weight", shard_id))
+        _declare(layer, "order", torch.int32, lambda param, loaded_weight: self.shards.put_order(loaded_weight))
+
+
+def _declare(module: nn.Module, name: str, dtype: torch.dtype, loader: Any) -> None:
+    slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    module.register_parameter(name, slot)
+    set_weight_attrs(slot, {"weight_loader": loader})
+
+
 def _finish(layer: nn.Module) -> None:
-    """Removes the empty parameters once everything is there."""
+    """Removes the empty parameters, and modules of them, once everything is there."""
     shards = layer.turboquant
     assert isinstance(shards, Shards)
     shards.check_complete()
-    for name in ("weight", *PLANES):
-        if name in layer._parameters:
-            delattr(layer, name)
+    for name in ("weight", "order", *PLANES):
+        layer._parameters.pop(name, None)
+    for name in [name for name in layer._modules if name.isdecimal()]:
+        del layer._modules[name]
 
 
 class TurboQuantLinearMethod(LinearMethodBase):
@@ -183,12 +206,16 @@ class TurboQuantVocabMethod(QuantizeMethodBase):
 
     Args:
         name: In the checkpoint. config: Its own settings. None, both: a head that runs on the planes of the embedding.
+        grades: Of a graded embedding, whose bits they hold instead of ``config``.
     """
 
-    def __init__(self, name: str | None, config: TurboQuantConfig | None, online: bool) -> None:
+    def __init__(
+        self, name: str | None, config: TurboQuantConfig | None, online: bool, grades: Grades | None = None
+    ) -> None:
         self.name = name
         self.config = config
         self.online = online
+        self.grades = grades
         self.dtype = torch.get_default_dtype()
 
     def create_weights(
@@ -204,6 +231,16 @@ class TurboQuantVocabMethod(QuantizeMethodBase):
         self.dtype = params_dtype
         if self.name is None or self.config is None:
             layer.turboquant = None
+            return
+        if self.grades is not None:
+            total = sum(grade[0] for grade in self.grades)
+            if total != layer.org_vocab_size:
+                raise FormatError(
+                    f"{self.name} is stored with {total} rows: {layer.prefix or 'the embedding'} of this model has "
+                    f"{layer.org_vocab_size}. The checkpoint belongs to another model; fetch it again"
+                )
+            layer.turboquant = GradedShards(self.name, self.grades, self.config, input_size, params_dtype)
+            _GradedLoading(layer, layer.turboquant).declare(layer, params_dtype)
             return
         shard = Shard(self.name, sum(output_partition_sizes), self.config)
         layer.turboquant = Shards([shard], input_size, self.config.group_size, self.config.seed, params_dtype)
@@ -227,6 +264,11 @@ class TurboQuantVocabMethod(QuantizeMethodBase):
                 "another model, or its config.json was changed"
             )
         _finish(layer)
+        if self.grades is not None:
+            indices = layer.shard_indices
+            layer.turboquant.keep(
+                indices.org_vocab_start_index, indices.org_vocab_end_index, layer.num_embeddings_per_partition
+            )
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.turboquant(x, bias)

@@ -9,6 +9,7 @@ puts zeros where its part of the activation ends, so the sum over the ranks is e
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...config import TurboQuantConfig
+from ...config import Grades, TurboQuantConfig
 from ...errors import FormatError
+from ...graded import is_order, lookup
 from ...planes import PLANES
 from ...reference import MAX_EXPONENT, MIN_EXPONENT, packed_shapes, quantize_weight
 from ...rotation import SIGN_WORD, padded_features, rotation_block, seed_from_column
@@ -84,6 +86,19 @@ class Run(nn.Module):
         return ops.embedding(
             ids, planes["codes"], planes["residual"], planes["scales"], planes["exponents"], *self.layout, dtype
         )
+
+    @property
+    def rows(self) -> int:
+        codes: Tensor = self.codes
+        return codes.shape[0]
+
+    def keep(self, rows: Tensor, padding: int) -> None:
+        """Drops all rows but these, and puts so many rows of zeros behind them."""
+        for name, plane in self._parameters.items():
+            if plane is not None:
+                kept = plane.new_zeros(len(rows) + padding, *plane.shape[1:])
+                torch.index_select(plane.data, 0, rows, out=kept[: len(rows)])
+                self.register_parameter(name, nn.Parameter(kept, requires_grad=False))
 
 
 class DenseRun(nn.Module):
@@ -211,10 +226,66 @@ class Shards(nn.Module):
         """Raises a FormatError that names what the checkpoint did not hold."""
         if self.awaited:
             index, plane = next(iter(self.awaited))
-            raise FormatError(
-                f"{self.shards[index].name}.{plane} did not come with the checkpoint: it is incomplete or belongs to "
-                "another model; fetch it again"
-            )
+            raise FormatError(_incomplete(f"{self.shards[index].name}.{plane}"))
+
+
+class GradedShards(Shards):
+    """An embedding in grades, each a shard; ``order`` int32 [rows] says where the row of each token lies.
+
+    Which rows are those of a rank's tokens is in ``order``, which the checkpoint may give last. So every rank loads all
+    rows, and :meth:`keep` drops those of the others.
+    """
+
+    def __init__(self, name: str, grades: Grades, config: TurboQuantConfig, in_features: int, dtype: torch.dtype) -> None:
+        shards = [Shard(f"{name}.{i}", grade[0], config.with_bits(*grade[1:])) for i, grade in enumerate(grades)]
+        super().__init__(shards, in_features, config.group_size, config.seed, dtype)
+        self.name = name
+        self.order = nn.Parameter(torch.zeros(sum(grade[0] for grade in grades), dtype=torch.int32), requires_grad=False)
+        self.has_order = False
+
+    def put_order(self, stored: Tensor) -> None:
+        """Copies ``order`` as the checkpoint holds it.
+
+        Raises:
+            FormatError: it is not one of these rows, or does not name each of them once.
+        """
+        if stored.dtype != torch.int32 or stored.shape != self.order.shape:
+            raise FormatError(_belongs_elsewhere(f"{self.name}.order", stored, f"torch.int32 {list(self.order.shape)}"))
+        if not is_order(stored):
+            raise FormatError(f"{self.name}.order does not name every row once: the checkpoint is damaged; fetch it again")
+        self.order.data.copy_(stored)
+        self.has_order = True
+
+    def check_complete(self) -> None:
+        super().check_complete()
+        if not self.has_order:
+            raise FormatError(_incomplete(f"{self.name}.order"))
+
+    def keep(self, start: int, stop: int, rows: int) -> None:
+        """Drops the rows of all tokens but ``start`` to ``stop - 1``, which become 0, 1, ...: those of a rank. Tokens behind
+        them, up to ``rows`` of all, have rows of zeros, as in any padded vocabulary."""
+        order = self.order.data[start:stop].long()
+        sizes = []
+        for run, (begin, end) in zip(self.runs, self.spans, strict=True):
+            assert isinstance(run, Run)
+            kept = order[(order >= begin) & (order < end)].sort().values - begin
+            run.keep(kept, rows - len(order) if end == len(self.order) else 0)
+            sizes.append(run.rows)
+        stored = torch.arange(rows, dtype=torch.int32, device=order.device)
+        stored[order.argsort()] = stored[: len(order)].clone()
+        self.order = nn.Parameter(stored, requires_grad=False)
+        self.runs = nn.ModuleList(run for run, size in zip(self.runs, sizes, strict=True) if size)
+        ends = list(itertools.accumulate(size for size in sizes if size))
+        self.spans = list(zip([0, *ends], ends, strict=False))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As that of the base class, with the rows in the order of the tokens."""
+        out = super().forward(x).index_select(-1, self.order)
+        return out if bias is None else out + bias
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        grades: list[Any] = [(run.rows, functools.partial(run.lookup, dtype=dtype)) for run in self.runs]
+        return lookup(ids, self.order, grades)
 
 
 def cut_plane(name: str, plane: str, stored: Tensor, config: TurboQuantConfig, in_features: int, kept: Window) -> Tensor:
@@ -237,6 +308,10 @@ def cut_plane(name: str, plane: str, stored: Tensor, config: TurboQuantConfig, i
             "The checkpoint is damaged; fetch it again"
         )
     return stored
+
+
+def _incomplete(name: str) -> str:
+    return f"{name} did not come with the checkpoint: it is incomplete or belongs to another model; fetch it again"
 
 
 def _belongs_elsewhere(name: str, stored: Tensor, rule: str) -> str:
