@@ -89,7 +89,8 @@ class Run(nn.Module):
 
     @property
     def rows(self) -> int:
-        codes: Tensor = self.codes
+        codes = self.codes
+        assert isinstance(codes, Tensor)
         return codes.shape[0]
 
     def keep(self, rows: Tensor, padding: int) -> None:
@@ -284,7 +285,8 @@ class GradedShards(Shards):
         return out if bias is None else out + bias
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        grades: list[Any] = [(run.rows, functools.partial(run.lookup, dtype=dtype)) for run in self.runs]
+        runs: list[Any] = list(self.runs)
+        grades = [(run.rows, functools.partial(run.lookup, dtype=dtype)) for run in runs]
         return lookup(ids, self.order, grades)
 
 
