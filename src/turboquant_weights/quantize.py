@@ -34,7 +34,7 @@ from .model import (
 )
 from .reference import PackedWeight, Quantized, quantize_weight
 from .resume import BlockStore, fingerprint
-from .sensitivity import VocabularyUse, row_sensitivities, vocabulary_use
+from .sensitivity import row_sensitivities, vocabulary_use
 from .stream import Batch, BlockStream
 from .tying import replace_embedding, replace_module
 
@@ -195,8 +195,9 @@ def _embeddings(
     orders = None if store is None or not job.grades else store.load_tensors(_ORDERS, job.grades)
     if kept is None or (job.grades and orders is None):
         kept, orders = _round_embeddings(job, calibrator, progress) if stored else ({}, {})
-        if store is not None and stored:
+        if store is not None and orders:
             store.save_tensors(_ORDERS, orders)
+        if store is not None and kept:
             store.save(_EMBEDDINGS, kept)
     out: dict[str, TurboQuantEmbedding | GradedEmbedding] = {}
     for name in (*job.embeddings, *job.grades):
@@ -232,29 +233,16 @@ def _round_embeddings(job: Job, calibrator: Calibrator, progress: bool) -> tuple
         old = job.model.get_submodule(name)
         assert isinstance(old, nn.Embedding)
         head = next((head for head, embedding in job.tied.items() if embedding == name), None)
-        grades = job.grades.get(name)
-        if grades is None:
-            moments = None if head is None else calibrator.head_moments(head, batches)
-            parts = [(name, old.weight, job.embeddings[name])]
+        moments: Moments | None
+        if name in job.grades:
+            orders[name], rows, moments = _graded_rows(job, calibrator, name, head, batches)
+            settings = [job.config.with_bits(*grade[1:]) for grade in job.grades[name]]
+            parts = [(f"{name}.{i}", old.weight[rows[i]], own) for i, own in enumerate(settings)]
         else:
-            module = None if head is None else job.model.get_submodule(head)
-            use = vocabulary_use(calibrator.stream, batches, module, _RANKING_TOKENS)
-            moments = None if use is None else use.moments
-            ranking = None if use is None else _ranking(old.weight, use, moments, job.config)
-            if ranking is None:
-                raise QuantizationError(
-                    f"{name} has grades, but {type(job.model).__name__} returns no logits for its rows, which would rank "
-                    "them: give it one pair of bits"
-                )
-            orders[name], rows = split_rows(ranking, grades)
-            orders[name] = orders[name].cpu()
-            parts = [
-                (f"{name}.{i}", old.weight[chosen], own)
-                for i, chosen in enumerate(rows)
-                if (own := job.config.for_embedding(f"{name}.{i}")) is not None
-            ]
-        if moments is not None:
-            moments.add_white(LOOKUP_SHARE)
+            moments = None if head is None else calibrator.head_moments(head, batches)
+            if moments is not None:
+                moments.add_white(LOOKUP_SHARE)
+            parts = [(name, old.weight, job.embeddings[name])]
         for part, weight, config in parts:
             if moments is None:
                 found[part] = quantize_weight(weight, name=part, **layout(config))
@@ -265,11 +253,26 @@ def _round_embeddings(job: Job, calibrator: Calibrator, progress: bool) -> tuple
     return found, orders
 
 
-def _ranking(weight: Tensor, use: VocabularyUse, moments: Moments | None, config: TurboQuantConfig) -> Tensor | None:
-    gain = 1.0
+def _graded_rows(
+    job: Job, calibrator: Calibrator, name: str, head: str | None, batches: Sequence[Batch]
+) -> tuple[Tensor, list[Tensor], Moments | None]:
+    """Of the graded embedding ``name``: ``order`` [n] on the CPU, the rows of each grade, and moments to round them for."""
+    weight = job.model.get_parameter(f"{name}.weight")
+    module = None if head is None else job.model.get_submodule(head)
+    use = vocabulary_use(calibrator.stream, batches, module, _RANKING_TOKENS)
+    moments, gain, importance = None if use is None else use.moments, 1.0, None
     if moments is not None:
-        gain = feedback_gain(rotated_moments(moments.now, config.group_size, config.seed))
-    return row_sensitivities(weight, use, gain)
+        moments.add_white(LOOKUP_SHARE)
+        gain = feedback_gain(rotated_moments(moments.now, job.config.group_size, job.config.seed))
+    if use is not None:
+        importance = row_sensitivities(weight, use, gain)
+    if importance is None:
+        raise QuantizationError(
+            f"{name} has grades, but {type(job.model).__name__} returns no logits for its rows, which would rank them: give "
+            "it one pair of bits"
+        )
+    order, rows = split_rows(importance, job.grades[name])
+    return order.cpu(), rows, moments
 
 
 def _error_of(new: GradedEmbedding, weight: Tensor) -> float:
