@@ -203,7 +203,9 @@ class _Member(TurboQuantLinear):
     index: int
 
     def forward(self, input: Tensor) -> Tensor:
-        # The engine starts faster than parts are kept and handed out.
+        if self.group.merged is None and not torch.compiler.is_compiling():
+            self.group.planes()  # also where they are read one by one: compiled code would merge them in every step
+        # The CPU engine starts faster than parts are kept and handed out.
         out = self._on_cpu(input)
         if out is not None:
             return out
