@@ -35,7 +35,7 @@ _SEED = 0
 # tokens as the widest layer has inputs, but at least 8,192.
 _GAIN_TOKENS, _GAIN_TOKENS_PER_COLUMN = 8192, 4
 # Share of the KL divergence of plain rounding that calibrated rounding leaves, where the inputs do not tell: experts, and an
-# output head that is tied to the embedding but does not return logits. More text leaves less (DESIGN.md), so what a budget
+# head tied to an embedding whose rows are not those of the logits. More text leaves less (DESIGN.md), so what a budget
 # expects is on the safe side.
 _CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.40, 0.90
 # Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they

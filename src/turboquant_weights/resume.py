@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,14 @@ class BlockStore:
         path = self._path(index)
         if not path.exists():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                errors = json.loads(file.metadata()["errors"])
-                names = set(file.keys())
-                found = {}
-                for layer in layers:
-                    planes = {p: file.get_tensor(f"{layer}.{p}") for p in _PLANES if f"{layer}.{p}" in names}
-                    found[layer] = Quantized(PackedWeight(**{"residual": None, **planes}), errors[layer])
-                return found
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): delete it, and the block is done again") from None
+        with _opened(path) as file:
+            errors = json.loads(file.metadata()["errors"])
+            names = set(file.keys())
+            found = {}
+            for layer in layers:
+                planes = {p: file.get_tensor(f"{layer}.{p}") for p in _PLANES if f"{layer}.{p}" in names}
+                found[layer] = Quantized(PackedWeight(**{"residual": None, **planes}), errors[layer])
+            return found
 
     def save(self, index: int | str, layers: Mapping[str, Quantized]) -> None:
         """Writes a finished block: whole, or not at all."""
@@ -115,11 +113,8 @@ class BlockStore:
         path = self._path(name)
         if not path.exists():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in keys}
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): delete it, and its part is done again") from None
+        with _opened(path) as file:
+            return {key: file.get_tensor(key) for key in keys}
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes tensors that are no planes: whole, or not at all."""
@@ -131,6 +126,16 @@ class BlockStore:
             if isinstance(index, int)
             else self.folder / f"{index}.safetensors"
         )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it is a ConfigError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it, and the block is done again") from None
 
 
 def _write(path: Path, write: Any) -> None:

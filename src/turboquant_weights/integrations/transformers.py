@@ -59,7 +59,7 @@ from ..config import QUANT_METHOD, TurboQuantConfig
 from ..embedding import TurboQuantEmbedding
 from ..errors import ConfigError, FormatError, QuantizationError, TurboQuantError
 from ..experts import TurboQuantExperts, find_stacks, replace_parameter
-from ..graded import GRADED, GradedEmbedding, GradedHead, is_order
+from ..graded import GRADED, GradedEmbedding, GradedHead, grade_names, is_order
 from ..header import TensorInfo, read_header, read_json
 from ..linear import TurboQuantLinear, is_conv1d, is_linear
 from ..modules import stored_config
@@ -284,15 +284,13 @@ class TurboQuantHfQuantizer(HfQuantizer):
             skeleton = type(model)(copy.deepcopy(model.config))
         tied = {key.rpartition(".")[0]: source.rpartition(".")[0] for key, source in model.all_tied_weights_keys.items()}
         weights: dict[str, nn.Parameter] = {}  # sources come before what is tied to them
-        graded = {name: module for name, module in model.named_modules() if isinstance(module, GRADED)}
-        for name in sorted(graded, key=lambda name: f"{name}.order" in model.all_tied_weights_keys):
-            shared = weights.get(tied.get(name, ""))
-            dense = _dense_graded(graded[name], skeleton.get_submodule(name), dtype, shared)
-            weights[name] = dense.get_parameter("weight")
-            replace_module(model, name, dense)
-        modules = stored_modules(model)
-        modules |= {name: module for name, module in model.named_modules() if isinstance(module, PackedPlanes)}
-        for name, module in modules.items():
+        grades = grade_names(model)
+        modules: dict[str, Any] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (PackedPlanes, *GRADED)) and name not in grades
+        }
+        for name, module in sorted(modules.items(), key=lambda item: item[0] in tied):
             if isinstance(module, TurboQuantExperts):
                 replace_parameter(model, name, nn.Parameter(module.dequantize(dtype)))
                 continue
@@ -582,15 +580,18 @@ def _stored_tensors(model: Any, files: list[str], conversions: list[Any]) -> dic
 
 
 def _dense_layer(
-    layer: PackedPlanes, original: nn.Module, dtype: torch.dtype | None, shared: nn.Parameter | None
+    layer: PackedPlanes | GradedEmbedding | GradedHead,
+    original: nn.Module,
+    dtype: torch.dtype | None,
+    shared: nn.Parameter | None,
 ) -> nn.Module:
     """A dense layer of the class of ``original`` (on meta) with the weights of ``layer``, or the ``shared`` ones."""
-    if isinstance(layer, TurboQuantEmbedding):
+    if isinstance(layer, (TurboQuantEmbedding, GradedEmbedding)):
         embedding = layer.to_embedding(dtype)
         if shared is not None:
             embedding.weight = shared
         return embedding
-    assert isinstance(layer, TurboQuantLinear)
+    assert isinstance(layer, (TurboQuantLinear, GradedHead))
     dense = copy.deepcopy(original)
     if shared is not None:
         dense.weight = shared
@@ -600,22 +601,6 @@ def _dense_layer(
     if layer.bias is not None:
         dense.bias = layer.bias
     return dense.train(layer.training)
-
-
-def _dense_graded(
-    module: GradedEmbedding | GradedHead, original: nn.Module, dtype: torch.dtype | None, shared: nn.Parameter | None
-) -> nn.Module:
-    """The same for a graded embedding, or a head on its grades."""
-    if isinstance(module, GradedEmbedding):
-        embedding = module.to_embedding(dtype)
-        if shared is not None:
-            embedding.weight = shared
-        return embedding
-    dense = copy.deepcopy(original)
-    dense.weight = nn.Parameter(module.dequantize(dtype)) if shared is None else shared
-    if module.bias is not None:
-        dense.bias = module.bias
-    return dense.train(module.training)
 
 
 def _live_config(model: Any, config: TurboQuantConfig) -> tuple[TurboQuantConfig, str]:
