@@ -25,6 +25,7 @@ from turboquant_weights import (
     save,
 )
 from turboquant_weights.allocation import ERRORS, Unit, allocate
+from turboquant_weights.budget import plan_bits
 from turboquant_weights.checkpoint import validate, verify
 from turboquant_weights.evaluation import layer_errors
 from turboquant_weights.graded import GradedEmbedding, GradedHead, split_rows
@@ -178,6 +179,26 @@ def test_grades_of_a_unit():
     assert best.expected_kl < 0.5 * one.kl((4, 1))
 
 
+def test_grades_never_get_more_bits_on_the_way_down():
+    """Also where the rows' sensitivities, estimated from another text than their order, go up again."""
+    shares = tuple((i + 1) ** -1.5 * (40 if 1000 <= i < 2000 else 1) for i in range(8192))
+    one = Unit((NAME,), ((8192, 64),), sum(shares), shares)
+    grades = [bits for _, _, bits in one.hull() if bits is not None and isinstance(bits[0], tuple)]
+    assert grades
+    for own in grades:
+        assert [(b, r) for _, b, r in own] == sorted(((b, r) for _, b, r in own), reverse=True)
+
+
+def test_rows_are_weighed_by_the_half_of_the_text_that_did_not_rank_them():
+    model = dense()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30 * torch.rand(200, 1) ** 3 + 1)
+    unit_ = next(unit for unit in plan_bits(model, tokens=text(40, 256), progress=False).units if NAME in unit.names)
+    # Each half's own order would be falling, and so would the mean of two such lists.
+    assert list(unit_.rows) != sorted(unit_.rows, reverse=True)
+    assert sum(unit_.rows) == pytest.approx(unit_.sensitivity)
+
+
 def test_a_budget_grades_the_embedding():
     model = dense()
     with torch.no_grad():  # so that it predicts something
@@ -275,6 +296,8 @@ def test_a_damaged_order(graded, tmp_path, change, message):
     with pytest.raises(FormatError, match=message):
         load(tmp_path / "a")
     if change is twice:
+        with pytest.raises(FormatError, match=message):
+            verify(tmp_path / "a")
         with pytest.raises(FormatError, match=message):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
