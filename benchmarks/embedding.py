@@ -101,7 +101,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware,
         "torch": torch.__version__,
-        "what": args.what,
+        "command": f"python benchmarks/embedding.py {args.what}",
         "rows": rows,
     }
     if args.what == "quality":
