@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
 import tiny_model  # noqa: E402
+from tiny_checkpoint import snapshot  # noqa: E402
 
 import turboquant_weights as tq  # noqa: E402
 from turboquant_weights.cli import main  # noqa: E402
@@ -52,11 +53,6 @@ def cli(monkeypatch, capsys):
 
     yield run
     signal.signal(signal.SIGTERM, before)
-
-
-def snapshot(folder):
-    """Relative path -> bytes of everything under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_quantize_equals_the_library(cli, dense, tmp_path):

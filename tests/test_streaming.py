@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import snapshot
+from tqdm.auto import tqdm
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,10 +93,6 @@ def log(caplog):
     with caplog.at_level(logging.WARNING):
         yield caplog
     transformers.utils.logging.disable_propagation()
-
-
-def snapshot(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def in_memory(source, out, config, skip=None, **options):
@@ -213,7 +212,7 @@ SETTINGS = dict(config=tq.TurboQuantConfig(residual_bits=2), max_shard_size=40_0
 
 @pytest.fixture(scope="module")
 def uninterrupted(llama, tmp_path_factory):
-    """The bytes of a run that nothing disturbed."""
+    """The files of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     tq.quantize_checkpoint(llama, folder / "out", **SETTINGS)
     return snapshot(folder)
@@ -224,6 +223,9 @@ def child(run):
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)  # the pool's threads did not come along
+        # Progress bars share a lock between processes: a child killed while it holds that would stop all others for good.
+        for bar in filter(lambda base: hasattr(base, "set_lock"), tqdm.__mro__):  # each class may have one of its own
+            bar.set_lock(threading.RLock())
         try:
             run()
         except BaseException:

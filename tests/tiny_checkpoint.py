@@ -1,5 +1,6 @@
 """A small checkpoint, and planes from integer arithmetic: the same bytes on every platform."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,14 @@ from safetensors.torch import save_file
 from turboquant_weights import TurboQuantConfig
 from turboquant_weights.packing import pack
 from turboquant_weights.reference import PackedWeight
+
+
+def snapshot(folder):
+    """Relative path -> SHA-256 of every file under a folder. Not the bytes: where two snapshots differ, pytest would search
+    them for a difference to show, for hours."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
 
 UNIT = {2: 78.45, 3: 50.9, 4: 41.85}
 
