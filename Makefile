@@ -30,11 +30,13 @@ help:
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m turboquant_weights.cli.demo demo-output
 
+# A module's tests stay together, for what they share; more processes would save little and take 1.5 GB each.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadscope
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py \
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_transformers.py tests/test_transformers_embeddings.py tests/test_transformers_experts.py \
 		tests/test_transformers_other.py tests/test_streaming.py tests/test_adapters.py tests/test_devices.py tests/test_compile.py \
 		tests/test_conversion.py::test_bf16_is_the_model_of_the_planes --deselect tests/test_compile.py::test_inductor
 
