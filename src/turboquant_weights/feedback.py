@@ -54,27 +54,38 @@ _ATTEMPTS = 6
 _CANDIDATES = 4  # scales per block for which the feedback is run
 _LARGEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
 _ROWS = 8192  # rows at a time: bounds the temporary memory of the search
+_STRIP = 256  # columns: on a CPU only what lies on or above the diagonal of `H` is summed up, in strips
 
 
 class Moments:
     """Second moments of the inputs of a layer over a text, accumulated in float32: ``H = E[x' x'^T]``, ``C = E[x x'^T]``."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.now = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.drift = torch.zeros_like(self.now)  # C - H
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.drift = torch.zeros_like(self._upper)  # C - H
         self.count = 0
+        # A GPU would rather have one large product.
+        self._strip = _STRIP if device.type == "cpu" else max(1, in_features)
+
+    @property
+    def now(self) -> Tensor:
+        """``H`` times the number of inputs, [k, k]."""
+        return self._upper.triu() + self._upper.triu(1).T
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """``inputs`` [..., k] as they arrive now; ``original``, of the same shape, before anything was quantized."""
-        inputs = inputs.reshape(-1, self.now.shape[0]).float()
-        self.now.addmm_(inputs.T, inputs)
+        columns = self._upper.shape[0]
+        inputs = inputs.reshape(-1, columns).float()
+        for start in range(0, columns, self._strip):
+            strip = slice(start, start + self._strip)
+            self._upper[strip, start:].addmm_(inputs[:, strip].T, inputs[:, start:])
         if original is not None:
             self.drift.addmm_((original.reshape(inputs.shape).float() - inputs).T, inputs)
         self.count += inputs.shape[0]
 
     def add_white(self, share: float) -> None:
         """Adds uncorrelated inputs with ``share`` of the mean square: each column then matters for itself, too."""
-        self.now.diagonal().add_(share * self.now.diagonal().mean())
+        self._upper.diagonal().add_(share * self._upper.diagonal().mean())
 
     def feedback(self, group_size: int, seed: int) -> Feedback:
         """What :func:`quantize_weight_calibrated` needs, for layers with these inputs."""
