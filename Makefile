@@ -17,8 +17,8 @@ OLDEST_TRANSFORMERS := transformers==5.16.0
 .PHONY: help demo test test-oldest test-lm-eval test-vllm test-engine fuzz-engine force-engines test-wheel lint format clean
 
 help:
-	@echo "make demo         quantize SmolLM2-135M, save, load in a new process, evaluate, generate, print a table"
-	@echo "make test         run all tests"
+	@echo "make demo         quantize SmolLM2-135M-Instruct, save, load in a new process, evaluate, generate, print a table"
+	@echo "make test         run the tests, but for those below"
 	@echo "make test-oldest  run the Transformers tests with $(OLDEST_TRANSFORMERS)"
 	@echo "make test-lm-eval install lm-eval and run its command line on a checkpoint (600 MB of packages)"
 	@echo "make test-vllm    run the tests of the vLLM plugin with vLLM's CPU build (2 GB of packages, about 8 minutes on 2 cores)"

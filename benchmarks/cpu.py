@@ -5,7 +5,7 @@
 
 Layers rotate over copies of the weights, 200 MB in all, so each reads its weights from memory as it does in a model. All
 kinds of layers take turns, call by call, so that whatever else the machine does hits them alike; times are medians in
-milliseconds. Beside them stands the bound: the time of reading the planes of 4 bits, by summing them up. A file that exists
+milliseconds. Beside them stands a yardstick: the time in which PyTorch sums up the planes of 4 bits. A file that exists
 is completed: cells measured again are replaced, so that a long run may be done in pieces.
 
 `model` decodes greedily, the models taking turns token by token, and says where the time goes: in the engine, in the Python

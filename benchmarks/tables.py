@@ -1,4 +1,5 @@
-"""Prints the README's tables from the result files, so that no figure is typed by hand.
+"""Prints those README tables that come from result files as they are: quality, quantizing, embeddings, CPUs, vLLM. linear.py
+and decode.py write theirs.
 
 python benchmarks/tables.py
 """
@@ -108,7 +109,7 @@ def main() -> None:
             print(path.name, *vllm_table(path), "", sep="\n")
         elif path.name == "cpu-layers.json":
             print(path.name, *cpu_layers_table(path), "", sep="\n")
-        elif path.name == "cpu-model.json":
+        elif path.name.startswith("cpu-model"):
             print(path.name, *cpu_decode_table(path), "", sep="\n")
 
 

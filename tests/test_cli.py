@@ -113,8 +113,9 @@ def test_a_quantized_embedding(cli, dense, tmp_path):
     assert (code, out.startswith("ab")) == (0, True), err
     code, _, err = cli("quantize", dense, tmp_path / "no", "--embedding-bits", "four")
     assert (code, "--embedding-bits has the bits 'four'" in err) == (1, True)
-    code, _, err = cli("quantize", dense, tmp_path / "no", "--embedding-bits", "4", "--target-ratio", 3)
-    assert (code, "a budget chooses the bits" in err) == (1, True)
+    for option, bits in (("--embedding-bits", "4"), ("--bits", 4), ("--residual-bits", 0), ("--layer-bits", "*=4")):
+        code, _, err = cli("quantize", dense, tmp_path / "no", option, bits, "--target-ratio", 3)
+        assert (code, "a budget chooses the bits" in err) == (1, True), option
 
 
 def test_inspect_and_verify(cli, checkpoint):

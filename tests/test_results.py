@@ -17,7 +17,9 @@ def check(lines):
     assert not missing, "run `python benchmarks/tables.py` and put its output into README.md"
 
 
-@pytest.mark.parametrize("name", ["smollm2-h100", "calibrated-smollm2-h100", "peers-smollm2-cpu", "gemma3-cpu"])
+@pytest.mark.parametrize(
+    "name", ["smollm2-h100", "calibrated-smollm2-h100", "whole-file-smollm2-h100", "peers-smollm2-cpu", "gemma3-cpu"]
+)
 def test_quality(name):
     check(TABLES["quality_table"](ROOT / f"benchmarks/results/quality-{name}.json"))
 
@@ -51,7 +53,8 @@ def test_decoding_speed(name, monkeypatch):
 
 def test_cpu_speed():
     check(TABLES["cpu_layers_table"](ROOT / "benchmarks/results/cpu-layers.json"))
-    check(TABLES["cpu_decode_table"](ROOT / "benchmarks/results/cpu-model.json"))
+    for name in ("cpu-model", "cpu-model-cascade-lake"):
+        check(TABLES["cpu_decode_table"](ROOT / f"benchmarks/results/{name}.json"))
 
 
 def test_serving_speed():

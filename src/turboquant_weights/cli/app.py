@@ -73,10 +73,18 @@ def _main(
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to create; it appears only when complete.", show_default=False)],
-    bits: Annotated[int, typer.Option(min=2, max=4, help="Bits of the base plane.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(min=2, max=4, help="Bits of the base plane. [default: 4]", show_default=False)
+    ] = None,
     residual_bits: Annotated[
-        int, typer.Option(min=0, max=4, help="Bits of the residual plane; 4 with --bits 4 costs next to nothing.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            max=4,
+            help="Bits of the residual plane; 4 beside --bits 4 doubles the size and loses next to nothing. [default: 0]",
+            show_default=False,
+        ),
+    ] = None,
     layer_bits: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,7 +105,7 @@ def quantize(
         list[str] | None,
         typer.Option(
             help="Glob pattern of layers to leave alone, e.g. 'lm_head'; repeatable. "
-            "[default: the output head and layers tied to an embedding]",
+            "[default: the output head and layers tied to an embedding; with a budget none]",
             show_default=False,
         ),
     ] = None,
@@ -123,8 +131,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL and save it to the folder OUT.
 
-    Without further options it needs no text and no memory for the model: weights pass through one at a time, and the same
-    command goes on after an interruption. With `--calibrate` it reads a text and rounds every layer for
+    Without further options, and from safetensors, it needs no text and no memory for the model: weights pass through one at
+    a time, and the same command goes on after an interruption. With `--calibrate` it reads a text and rounds every layer for
     the inputs it really gets: minutes instead of seconds, and a fraction of the loss. With a budget (`--target-ratio`,
     `--target-bits` or `--max-kl`) it chooses the bits of every layer, the embedding and the output head; `plan` shows first
     what each budget gives. The tokenizer is saved too. If anything fails, or on Ctrl-C, OUT stays as it was.
@@ -132,11 +140,15 @@ def quantize(
     calibration = _calibration(calibrate, calibration_text, samples, sample_length, device, resume)
     by_name = dict(_name_and_bits(text) for text in layer_bits or ())
     of_embedding = None if embedding_bits is None else _bits(embedding_bits, "--embedding-bits")
-    config = with_skip(TurboQuantConfig(bits, residual_bits, group_size, seed, layer_bits=by_name), skip)
+    own_bits = bits is not None or residual_bits is not None or by_name or of_embedding
+    config = TurboQuantConfig(4 if bits is None else bits, residual_bits or 0, group_size, seed, layer_bits=by_name)
+    config = with_skip(config, skip)
     budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
     has_budget = any(value is not None for value in budget.values())
-    if (by_name or of_embedding) and has_budget:
-        raise ConfigError("a budget chooses the bits of every layer: leave out --layer-bits and --embedding-bits")
+    if own_bits and has_budget:
+        raise ConfigError(
+            "a budget chooses the bits of every layer: leave out --bits, --residual-bits, --layer-bits and --embedding-bits"
+        )
     if (
         not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir()))
     ):  # save() decides; this saves the work
@@ -236,7 +248,7 @@ def inspect(
 
 @app.command(epilog="Example: turboquant-weights convert smollm2-4+4 smollm2-int4 --to int4")
 def convert(
-    checkpoint: Model,
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of this package: hub id or folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to create; it appears only when complete.", show_default=False)],
     to: Annotated[
         ConversionFormat, typer.Option(help="bf16: plain Transformers. int4: compressed-tensors, for vLLM and Transformers.")

@@ -94,7 +94,7 @@ def report(folder: Path, windows: int | None) -> None:
     tokens = text_windows(tokenizer, sample_text(), WINDOW_LENGTH, windows)
     results = compare(models[REFERENCE], {name: models[name] for name in CONFIGS}, tokens)
 
-    print("\nGenerating (without a GPU every token unpacks every layer again, so this is slow)")
+    print("\nGenerating")
     for name, model in models.items():
         text = continue_text(model, tokenizer, PROMPT, NEW_TOKENS)
         print(f"  {name:>9}: {PROMPT} {' '.join(text.split())} ...", flush=True)
