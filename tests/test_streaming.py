@@ -1,5 +1,6 @@
 """Quantizing a checkpoint that is never loaded: it gives what ``quantize_model`` and ``save`` do, whatever happens."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,6 +28,7 @@ import turboquant_weights as tq  # noqa: E402
 from turboquant_weights.checkpoint import read_headers  # noqa: E402
 from turboquant_weights.header import read_header  # noqa: E402
 from turboquant_weights.integrations.dense import DenseCheckpoint  # noqa: E402
+from turboquant_weights.partial import PartialFolder  # noqa: E402
 from turboquant_weights.writer import ShardWriter  # noqa: E402
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
@@ -340,6 +342,19 @@ def test_a_damaged_part_is_done_again(llama, uninterrupted, tmp_path, monkeypatc
     tq.quantize_checkpoint(llama, tmp_path / "out", **SETTINGS)
     assert "is not on disk as it was written" in log.text
     assert snapshot(tmp_path) == uninterrupted
+
+
+def test_what_follows_a_line_that_was_cut_off_counts(tmp_path):
+    request = {"a": 1}
+    for parts in (("one", "two"), ("three", "four"), ()):
+        with contextlib.suppress(KeyboardInterrupt), PartialFolder(tmp_path / "out", request, False) as folder:
+            found = list(folder.finished)
+            for part in parts:
+                folder.record(part, part)
+            with (folder.path / ".journal.jsonl").open("a") as stream:
+                stream.write('{"part": "cut o')
+            raise KeyboardInterrupt
+    assert found == ["one", "two", "three", "four"]
 
 
 def test_other_settings_or_inputs_start_anew(llama, tmp_path, monkeypatch, log):

@@ -58,8 +58,13 @@ class PartialFolder:
         if not (self.path / _REQUEST).exists():
             (self.path / _JOURNAL).unlink(missing_ok=True)
             _write_synced(self.path / _REQUEST, json.dumps(self._request) + "\n", "w")
-        for entry in self._read(_JOURNAL):
+        entries = self._read(_JOURNAL)
+        for entry in entries:
             self.finished[entry["part"]] = entry["record"]
+        if entries:  # without a last line that was cut off, which the next one would be appended to
+            whole = self.path / f"{_JOURNAL}.writing"
+            _write_synced(whole, "".join(json.dumps(entry) + "\n" for entry in entries), "w")
+            whole.replace(self.path / _JOURNAL)
         if self.finished:
             logger.warning(f"going on in {self.path}, which has {len(self.finished)} finished parts")
         return self
@@ -75,13 +80,11 @@ class PartialFolder:
             (self.target / name).unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.release()
-        if kind is None:
-            return
-        if issubclass(kind, TurboQuantError) or not self._read(_JOURNAL):
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
+        if kind is not None and (issubclass(kind, TurboQuantError) or not self._read(_JOURNAL)):
+            shutil.rmtree(self.path, ignore_errors=True)  # before another process may lock it
+        elif kind is not None:
             logger.warning(f"interrupted: the same call goes on where it was; or delete {self.path}")
+        self._lock.release()
 
     def _read(self, name: str) -> list[Any]:
         """The JSON values of a file, one a line; a last line that was cut off does not count."""
