@@ -306,7 +306,7 @@ def test_a_damaged_order(graded, tmp_path, change, message):
     ("grades", "message"),
     [
         ([[40, 4, 2], [101, 4, 0], [60, 3, 0]], "grade 1 has 101 rows"),
-        ([[40, 4, 2], [100, 4, 0]], "no such tensor|2.scales|I32 .140"),
+        ([[40, 4, 2], [100, 4, 0]], r"embed_tokens.2. has planes, but config.json says .* consists of 2 grades"),
         ([[40, 4, 2], [100, 4, 0], [60, 4, 0]], "2.codes"),
         ([[40, 4, 2], [100, 4, 0], [60, 3, 0], [1, 2, 0]], "3.scales.* is missing"),
     ],
@@ -356,10 +356,10 @@ def test_a_run_that_was_interrupted_gives_the_same_planes(tmp_path, monkeypatch)
     quantize_model(whole, config, calibration=text(), progress=False)
     saved = BlockStore.save
 
-    def stop(self, index, layers):
+    def stop(self, index, *args):
         if index == 1:
             raise KeyboardInterrupt
-        saved(self, index, layers)
+        saved(self, index, *args)
 
     monkeypatch.setattr(BlockStore, "save", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -385,7 +385,15 @@ def check_tensors(
 def _check_grades(
     name: str, grades: Grades, tensors: dict[str, TensorInfo], quantized: Mapping[str, dict[str, TensorInfo]]
 ) -> None:
-    """A graded embedding: each grade has its rows, and ``order`` one entry per row of all."""
+    """A graded embedding: each grade has its rows, ``order`` one entry per row of all, and there is nothing else."""
+    own = {f"{name}.{i}" for i in range(len(grades))}
+    for layer in quantized:
+        inside, _, rest = layer.rpartition(".")
+        if layer == name or (inside == name and rest.isdecimal() and layer not in own):
+            raise FormatError(
+                f"{short(layer)} has planes, but {CONFIG_FILE} says that {short(name)} consists of {len(grades)} grades: "
+                f"only {short(name)}.0 to {short(name)}.{len(grades) - 1} may have any"
+            )
     for i, (rows, _, _) in enumerate(grades):
         scales = quantized.get(f"{name}.{i}", {}).get("scales")
         if scales is None or scales.shape[:1] != (rows,):
