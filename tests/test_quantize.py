@@ -33,6 +33,7 @@ from turboquant_weights import (
 )
 from turboquant_weights.calibration import Calibrator
 from turboquant_weights.evaluation import resident_bytes
+from turboquant_weights.resume import BlockStore, fingerprint
 
 SMALL = dict(
     vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -180,6 +181,136 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, monkeypatch: 
     (tmp_path / "resume" / "block-00001.safetensors").write_bytes(b"12345678")
     with pytest.raises(ConfigError, match="block-00001"):
         quantize_model(copy.deepcopy(model), config, calibration=settings, progress=False)
+
+
+def test_a_mistake_binds_no_resume_folder(tmp_path: Path) -> None:
+    model = tiny_llama(**SMALL)
+    settings = Calibration(tokens(2), resume=tmp_path / "r")
+    for config, budget in ((TurboQuantConfig(layer_bits={"no such layer": (4, 1)}), {}), (None, {"target_ratio": 50})):
+        with pytest.raises(ConfigError, match=r"no such layer|is possible"):
+            quantize_model(model, config, calibration=settings, progress=False, **budget)
+    (tmp_path / "r" / ".run.json.writing").write_text("{")  # killed while it wrote
+    quantize_model(model, calibration=settings, progress=False)
+    assert (tmp_path / "r" / "block-00001.safetensors").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no resume folder"):
+        quantize_model(tiny_llama(), calibration=Calibration(tokens(2), resume=tmp_path / "other"), progress=False)
+
+
+def test_a_resume_folder_is_for_one_process_and_one_way_to_cut_the_text(tmp_path: Path) -> None:
+    text = tokens(4)
+    model = tiny_llama(**SMALL)
+    with (
+        BlockStore(tmp_path / "r", fingerprint(model, {}, text)),
+        pytest.raises(ConfigError, match="another process"),
+    ):
+        BlockStore(tmp_path / "r", fingerprint(model, {}, text))
+    assert fingerprint(model, {}, text) != fingerprint(model, {}, text.view(8, -1))
+    assert fingerprint(model, {}, text) == fingerprint(model, {}, text.clone())
+
+
+def test_a_run_that_fails_leaves_nothing_that_only_looks_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(**SMALL)
+    before = copy.deepcopy(model)
+
+    def fail(self: Calibrator, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibrator, "_advance", fail)
+    config = TurboQuantConfig(embeddings={"*": (4, 2)})
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, config, calibration=tokens(2), progress=False)
+    assert isinstance(model.get_input_embeddings(), TurboQuantEmbedding)
+    for name, parameter in before.model.layers.named_parameters():
+        assert torch.equal(model.model.layers.get_parameter(name), parameter), name
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize_model(model, config, calibration=tokens(2), progress=False)
+
+
+def test_a_resumed_run_still_knows_what_the_text_did_not_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(**SMALL)
+    for block in model.model.layers:
+        block.spare = nn.Linear(64, 64)
+    settings = Calibration(tokens(2), resume=tmp_path / "r")
+    first = quantize_model(copy.deepcopy(model), calibration=settings, progress=False)
+    monkeypatch.setattr(Calibrator, "_quantize_block", None)
+    again = quantize_model(model, calibration=settings, progress=False)
+    assert again.uncalibrated == first.uncalibrated == ["model.layers.0.spare", "model.layers.1.spare"]
+
+
+class Routed(nn.Module):
+    """Sends some tokens of the text to each of two layers, another choice once something was rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        chosen = x[..., 0] > x[..., 1]
+        for mask, expert in zip((chosen, ~chosen), self.experts, strict=True):
+            if mask.any():
+                out[mask] = expert(x[mask])
+        return out
+
+
+def test_layers_that_see_some_of_the_tokens() -> None:
+    torch.manual_seed(0)
+    model = tiny_llama(**SMALL).eval()
+    for block in model.model.layers:
+        block.mlp = Routed()
+    report = quantize_model(model, calibration=tokens(6), progress=False)
+    assert report.uncalibrated == []
+    assert all(isinstance(expert, TurboQuantLinear) for block in model.model.layers for expert in block.mlp.experts)
+    assert torch.isfinite(model(input_ids=tokens(2)).logits).all()
+
+
+def test_embeddings_alone_can_be_calibrated_and_must_follow_nn_embedding() -> None:
+    class Direct(nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.embedding(input, self._parameters["weight"])
+
+    config = TurboQuantConfig(skip=("*",), embeddings={"model.embed_tokens": (4, 2)})
+    model = tiny_llama(**SMALL, tie_word_embeddings=False)
+    quantize_model(model, config, calibration=tokens(2), progress=False)
+    assert isinstance(model.get_input_embeddings(), TurboQuantEmbedding)
+    model = tiny_llama(**SMALL, tie_word_embeddings=False)
+    model.model.embed_tokens.__class__ = Direct
+    with pytest.raises(QuantizationError, match="only embeddings whose forward"):
+        quantize_model(model, config, calibration=tokens(2), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_ratio": 2, "max_kl": 1}, "exactly one"),
+        ({"target_ratio": "2"}, "target_ratio is '2': it must be a positive number"),
+        ({"target_bits": float("nan")}, "positive number"),
+        ({"calibration": False}, "calibration is False: True for the built-in text"),
+    ],
+)
+def test_arguments_are_looked_at_first(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turboquant_weights.quantize.plan_bits", None)
+    with pytest.raises(ConfigError, match=message):
+        quantize_model(tiny_llama(**SMALL), progress=False, **{"calibration": tokens(2), **arguments})
+
+
+def test_a_budget_that_the_model_meets_as_it_is() -> None:
+    with pytest.raises(ConfigError, match="target_bits is 20: the model fits as it is"):
+        quantize_model(tiny_llama(**SMALL).bfloat16(), calibration=tokens(2), target_bits=20, progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_model_calibrated_on_the_gpu_goes_home_whole() -> None:
+    """Also what lies outside the blocks."""
+    model = tiny_llama(**SMALL, tie_word_embeddings=False)
+    settings = Calibration(tokens(2), device="cuda")
+    quantize_model(model, TurboQuantConfig(embeddings={"*": (4, 2)}), skip=[], calibration=settings, progress=False)
+    assert isinstance(model.lm_head, TurboQuantLinear)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert torch.isfinite(model(input_ids=tokens(2)).logits).all()
 
 
 def test_one_token_of_text_is_enough_not_to_fail() -> None:

@@ -82,13 +82,7 @@ class BitPlan:
         Raises:
             ConfigError: not exactly one budget, a budget that is not positive, or that nothing meets.
         """
-        budgets = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
-        given = {name: value for name, value in budgets.items() if value is not None}
-        if len(given) != 1:
-            raise ConfigError(f"got {', '.join(given) or 'no budget'}: exactly one of {', '.join(budgets)} is needed")
-        (name, value), *_ = given.items()
-        if not value > 0:
-            raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+        name, value = one_budget({"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl})
         if name == "max_kl":
             return allocate(self.units, self.other_bytes, max_kl=value)
         limit = self.dense_bytes / value if name == "target_ratio" else self.parameters * value / 8
@@ -112,6 +106,21 @@ class BitPlan:
         return dataclasses.replace(
             base, bits=4, residual_bits=0, layer_bits=layers, embeddings=embeddings, skip=(*self.skipped, *dense)
         )
+
+
+def one_budget(budgets: Mapping[str, Any]) -> tuple[str, float]:
+    """The one that is given, and its name.
+
+    Raises:
+        ConfigError: not exactly one is, or it is no positive number.
+    """
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(f"got {', '.join(given) or 'no budget'}: exactly one of {', '.join(budgets)} is needed")
+    (name, value), *_ = given.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+    return name, value
 
 
 def plan_bits(

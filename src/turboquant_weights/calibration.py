@@ -114,6 +114,11 @@ def as_calibration(value: Any) -> Calibration:
     """What users may write for ``calibration=``: a Calibration, True for the built-in text, or anything that is a text."""
     if isinstance(value, Calibration):
         return value
+    if value is not True and not isinstance(value, (str, os.PathLike, Sequence, Tensor)):
+        raise ConfigError(
+            f"calibration is {value!r}: True for the built-in text, a string, a list of strings, a path, token ids [s, l] "
+            "or a Calibration is needed"
+        )
     return Calibration(None if value is True else value)
 
 
@@ -179,16 +184,24 @@ class Calibrator:
             with self.stream.block(index) as block:
                 layers = self._layers(block)
                 original = copy.deepcopy(block)
-                found = None if store is None else store.load(index, layers)
                 replay = Replay(block, layers.values(), _REPLAYED_BYTES if self.stream.device.type == "cpu" else 0)
-                if found is None:
-                    found = self._quantize_block(index, block, original, replay)
-                    if store is not None:
-                        store.save(index, found)
-                else:
-                    for name, quantized in found.items():
-                        self._decode_into(name, quantized)
-                self._advance(index, block, original, replay)
+                try:
+                    found = None if store is None else store.load(index, layers)
+                    if found is None:
+                        before = len(self.unreached)
+                        found = self._quantize_block(index, block, original, replay)
+                        if store is not None:
+                            store.save(index, found, self.unreached[before:])
+                    else:
+                        self.unreached += store.unreached(index)
+                        for name, quantized in found.items():
+                            self._decode_into(name, quantized)
+                    self._advance(index, block, original, replay)
+                except BaseException:
+                    twins = dict(zip(map(id, block.modules()), original.modules(), strict=True))
+                    for layer in layers.values():  # they look dense, and must not compute with rounded weights
+                        layer.weight = twins[id(layer)].weight
+                    raise
                 del original
                 for name, quantized in found.items():
                     self.install(name, quantized, self.configs[name])
@@ -264,7 +277,12 @@ class Calibrator:
         ``final`` is told when layers have been rounded.
         """
         found: dict[str, Quantized] = {}
-        groups = input_groups(layers, lambda: run(self.stream.batches[0]))
+        groups: list[list[str]] = []
+        for batch in self.stream.batches:  # one is enough, unless layers see a part of the tokens only
+            missing = {name: layer for name, layer in layers.items() if not any(name in group for group in groups)}
+            if not missing:
+                break
+            groups += input_groups(missing, functools.partial(run, batch))
         kept = _inputs_of([originals[first] for first, *_ in groups], self.original, run_original)
         for number, group in enumerate(groups):
             stack, before_it = layers[group[0]], originals[group[0]]
@@ -281,7 +299,9 @@ class Calibrator:
                     original = kept[index][number] if kept else None
                     if original is None:
                         original = input_of(originals[group[0]], functools.partial(run_original, before))
-                    moments.add(x, original)
+                    # Of a layer that sees a part of the tokens nobody knows whether these are the same ones.
+                    whole = x.shape[:-1].numel() == now.tokens.numel() and original is not None and original.shape == x.shape
+                    moments.add(x, original if whole else None)
             assert moments is not None
             found.update(self._quantize_group(group, moments))
             final([layers[name] for name in group])

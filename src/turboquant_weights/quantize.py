@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .budget import plan_bits
+from .budget import one_budget, plan_bits
 from .calibration import LOOKUP_SHARE, Calibrator, as_calibration, layout
 from .config import TurboQuantConfig, with_skip
-from .embedding import TurboQuantEmbedding
+from .embedding import TurboQuantEmbedding, check_forward
 from .errors import ConfigError, QuantizationError
 from .experts import DenseExperts, TurboQuantExperts, dense_stacks, replace_parameter
 from .feedback import Moments, feedback_gain, quantize_weight_calibrated, rotated_moments
@@ -84,6 +85,9 @@ def quantize_model(
             is given, or an argument is of another type.
         QuantizationError: nothing to quantize, a weight has NaN or Inf (names layer and position), or the model is none that
             can be calibrated; nothing was replaced then.
+
+    A calibrated run that fails later or is interrupted leaves quantized what it had finished: the embeddings and the first
+    blocks. Load the model again, and repeat the call.
     """
     start = time.perf_counter()
     if not isinstance(model, nn.Module):
@@ -95,6 +99,9 @@ def quantize_model(
         raise ConfigError(f"config is {config!r}: it must be a TurboQuantConfig, e.g. TurboQuantConfig(bits=4)")
     config = with_skip(config or TurboQuantConfig(), skip)
     budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
+    has_budget = any(value is not None for value in budget.values())
+    if has_budget:
+        one_budget(budget)
     if calibration is None:
         config, expected = _to_budget(model, config, budget, None, None, None, progress)
         job = prepare(model, config)
@@ -103,15 +110,16 @@ def quantize_model(
     settings = as_calibration(calibration)
     tokens = settings.tokens(tokenizer)
     device = torch.device(settings.device) if settings.device is not None else next(model.parameters()).device
-    # Finds what is wrong before minutes pass.
-    prepare(model, dataclasses.replace(config, layer_bits=None, embeddings=None), has_text=True)
-    store = None
-    if settings.resume is not None:
-        request = {"config": config.to_dict(), "budget": budget, "version": _VERSION}
-        store = BlockStore(settings.resume, fingerprint(model, request, tokens))
-    config, expected = _to_budget(model, config, budget, tokens, device, store, progress)
-    job = prepare(model, config, has_text=True)
-    layers, uncalibrated = _calibrated(job, tokens, device, store, progress)
+    # Finds what is wrong before minutes pass. A budget chooses bits of its own.
+    prepare(model, dataclasses.replace(config, layer_bits=None, embeddings=None) if has_budget else config, has_text=True)
+    with contextlib.ExitStack() as stack:
+        store = None
+        if settings.resume is not None:
+            request = {"config": config.to_dict(), "budget": budget, "version": _VERSION}
+            store = stack.enter_context(BlockStore(settings.resume, fingerprint(model, request, tokens)))
+        config, expected = _to_budget(model, config, budget, tokens, device, store, progress)
+        job = prepare(model, config, has_text=True)
+        layers, uncalibrated = _calibrated(job, tokens, device, store, progress)
     return finish(job, layers, time.perf_counter() - start, expected_kl=expected, uncalibrated=uncalibrated)
 
 
@@ -131,6 +139,9 @@ def _to_budget(
         return store.config, store.expected_kl
     plan = plan_bits(model, config, tokens=tokens, device=device, progress=progress)
     allocation = plan.allocate(**budget)
+    if all(choice is None for choice in allocation.bits.values()):
+        name, value = one_budget(budget)
+        raise ConfigError(f"{name} is {value}: the model fits as it is, and nothing would be quantized")
     config = plan.config(allocation, config)
     if store is not None:
         store.keep_config(config, allocation.expected_kl)
@@ -170,26 +181,36 @@ def _calibrated(
         layers.append(experts_report(name, new, time.perf_counter() - last))
 
     configs = {name: job.config.for_layer(name) for name in (*job.targets, *job.stacks)}
-    with dense_stacks(model, job.stacks), BlockStream(model, tokens, device) as stream:
-        calibrator = Calibrator(stream, configs, install)
-        embeddings = _embeddings(job, calibrator, store, progress)
-        if embeddings:
-            calibrator.restart()
-        calibrator.run(store, progress=progress)
+    homes = {name: dense_weight(model.get_submodule(name), name).device for name in job.targets}
+    embeddings: dict[str, TurboQuantEmbedding | GradedEmbedding] = {}
     reports = []
-    for name, new in embeddings.items():
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Embedding)
-        replace_embedding(model, name, new.to(old.weight.device).train(old.training))
-        reports.append(embedding_report(name, new, 0.0))
+    try:
+        with dense_stacks(model, job.stacks), BlockStream(model, tokens, device) as stream:
+            calibrator = Calibrator(stream, configs, install)
+            _embeddings(job, calibrator, store, progress, embeddings)
+            if embeddings:
+                calibrator.restart()
+            calibrator.run(store, progress=progress)
+    finally:  # also of a run that failed: their dense weights are rounded already
+        for name, new in embeddings.items():
+            old = model.get_submodule(name)
+            assert isinstance(old, nn.Embedding)
+            replace_embedding(model, name, new.to(old.weight.device).train(old.training))
+            reports.append(embedding_report(name, new, 0.0))
+        for name, home in homes.items():  # the stream moved those outside the blocks while they were dense
+            model.get_submodule(name).to(home)
     return reports + layers, calibrator.unreached
 
 
 @torch.no_grad()
 def _embeddings(
-    job: Job, calibrator: Calibrator, store: BlockStore | None, progress: bool
-) -> dict[str, TurboQuantEmbedding | GradedEmbedding]:
-    """Rounds the embeddings and lets the dense ones, and what is tied to them, compute with the result."""
+    job: Job,
+    calibrator: Calibrator,
+    store: BlockStore | None,
+    progress: bool,
+    out: dict[str, TurboQuantEmbedding | GradedEmbedding],
+) -> None:
+    """Rounds the embeddings into ``out`` and lets the dense ones, and what is tied to them, compute with the result."""
     stored = [*job.embeddings, *(f"{name}.{i}" for name, grades in job.grades.items() for i in range(len(grades)))]
     kept = None if store is None or not stored else store.load(_EMBEDDINGS, stored)
     orders = None if store is None or not job.grades else store.load_tensors(_ORDERS, job.grades)
@@ -199,7 +220,6 @@ def _embeddings(
             store.save_tensors(_ORDERS, orders)
         if store is not None and kept:
             store.save(_EMBEDDINGS, kept)
-    out: dict[str, TurboQuantEmbedding | GradedEmbedding] = {}
     for name in (*job.embeddings, *job.grades):
         old = job.model.get_submodule(name)
         assert isinstance(old, nn.Embedding)
@@ -217,9 +237,9 @@ def _embeddings(
         else:
             new = TurboQuantEmbedding.from_packed(_on(kept[name].weight, where), old, job.embeddings[name])
             new.quantization_error = kept[name].error
-        old.weight.data = new.dequantize(old.weight.dtype)
+        check_forward(new, name)
         out[name] = new
-    return out
+        old.weight.data = new.dequantize(old.weight.dtype)
 
 
 def _round_embeddings(job: Job, calibrator: Calibrator, progress: bool) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
