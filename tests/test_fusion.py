@@ -3,6 +3,9 @@
 import copy
 import json
 import pickle
+import sys
+import threading
+import weakref
 
 import pytest
 import torch
@@ -278,3 +281,75 @@ def test_saving_a_fused_model(tmp_path):
     assert contents[0] == contents[1]
     again = load(tmp_path / "fused", dtype=torch.float32)
     assert torch.equal(again(prompt).logits, separate(prompt).logits)
+
+
+def test_planes_that_are_replaced_are_noticed(blocks):
+    separate, fused = blocks
+    torch.manual_seed(1)
+    other = Block()
+    quantize_model(other, TurboQuantConfig(bits=4, residual_bits=separate.q_proj.residual_bits))
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        close(fused(x), separate(x))
+        # For the length of a call.
+        close(torch.func.functional_call(fused, other.state_dict(), (x,)), other(x))
+        close(fused(x), separate(x))
+        # The memory of one plane.
+        q = {name: plane.clone() for name, plane in other.q_proj.state_dict().items()}
+        for name in ("codes", "scales", "exponents"):
+            getattr(fused.q_proj, name).data = q[name]
+        if q.get("residual") is not None:
+            fused.q_proj.residual.data = q["residual"]
+        fused.q_proj.bias.data = q["bias"]
+        close(fused(x)[:, :64], other(x)[:, :64])
+        close(fused(x)[:, 64:], separate(x)[:, 64:])
+        # All parameters.
+        fused.load_state_dict(other.state_dict(), assign=True)
+        close(fused(x), other(x))
+
+
+def test_threads_get_their_own_results(blocks):
+    separate, fused = blocks
+    inputs = [torch.randn(2, 96) for _ in range(4)]
+    wanted = [separate(x).detach() for x in inputs]
+    failures = []
+
+    def run(x, want):
+        try:
+            for _ in range(150):
+                with torch.no_grad():
+                    close(fused(x), want)
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, wanted, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures, failures[0]
+
+
+def test_parts_without_a_gradient_are_not_those_with_one(blocks):
+    _, fused = blocks
+    x = torch.randn(2, 96, requires_grad=True)
+    with torch.no_grad():
+        fused.q_proj(x)
+    assert fused.k_proj(x).requires_grad
+
+
+def test_a_sibling_that_is_not_called_keeps_nothing_alive(blocks):
+    _, fused = blocks
+    x = torch.randn(2, 96)
+    with torch.no_grad():
+        fused.q_proj(x)
+    alive, parts = weakref.ref(x), fused.q_proj.group.parts.parts
+    assert parts
+    del x
+    assert alive() is None
+    assert not parts

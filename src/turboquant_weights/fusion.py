@@ -14,6 +14,8 @@ The results are those of the separate layers up to the order in which a GPU adds
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -96,16 +98,43 @@ class _SharedBias(NamedTuple):
         )
 
 
+class _Parts:
+    """Parts of the last result that are still to be handed out, and whose they are."""
+
+    def __init__(self) -> None:
+        self.input: Any = None  # a tensor, or a weak reference: a sibling that is not called keeps nothing alive
+        self.key: tuple[Any, ...] = ()  # what else must be alike: the input's version, and whether gradients are wanted
+        self.parts: dict[int, Tensor] = {}
+
+    def of(self, x: Tensor, key: tuple[Any, ...], index: int) -> Tensor | None:
+        known = self.input() if isinstance(self.input, weakref.ref) else self.input
+        if known is not x or self.key != key or index not in self.parts:
+            return None
+        part = self.parts.pop(index)
+        if not self.parts:  # as before the first call: compiled code looks at it
+            self.input, self.key = None, ()
+        return part
+
+    def keep(self, x: Tensor, key: tuple[Any, ...], parts: dict[int, Tensor]) -> None:
+        self.key, self.parts = key, parts
+        self.input = x if torch.compiler.is_compiling() else weakref.ref(x, lambda _: parts.clear())
+
+
+class _PartsOfThread(threading.local, _Parts):
+    """Each thread has its own."""
+
+
 class _Group:
     """Merged planes and biases, and the parts of the last result that are still to be handed out."""
 
     def __init__(self, members: list[TurboQuantLinear]) -> None:
         self.members = members
         self.merged: PackedWeight | None = None
+        self.planes_then: list[Tensor | None] = []  # of the members, when they were merged
+        self.addresses: list[int] = []
         self.bias: _SharedBias | None = None
-        self.input: Tensor | None = None
-        self.version = 0
-        self.parts: dict[int, Tensor] = {}
+        self.parts: _Parts = _PartsOfThread()
+        self.traced = _Parts()  # of `torch.compile`, which knows no threads
         for index, member in enumerate(members):
             member.__class__ = _Member
             member.group, member.index = self, index  # type: ignore[assignment]
@@ -113,17 +142,34 @@ class _Group:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
         twin = object.__new__(_Group)
         memo[id(self)] = twin
-        twin.__dict__.update(self.__getstate__())
+        twin.__setstate__(self.__getstate__())
         twin.members = copy.deepcopy(self.members, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is merged: copies of the members would not be views of it."""
-        return dict(self.__dict__, merged=None, bias=None, input=None, version=0, parts={})
+        state = dict(self.__dict__, merged=None, planes_then=[], addresses=[], bias=None)
+        del state["parts"], state["traced"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, parts=_PartsOfThread(), traced=_Parts())
 
     def invalidate(self) -> None:
         """The members' planes have moved: they are merged again when they are needed."""
-        self.__dict__.update(self.__getstate__())
+        self.__setstate__(self.__getstate__())
+
+    def holds(self) -> bool:
+        """Whether what is merged, if anything, is what the members have: not where their parameters were exchanged for a
+        call, as ``torch.func`` does. Where only their memory was (``codes.data = ...``), it is merged again."""
+        if self.merged is None:
+            return True
+        now = [member._parameters.get(plane) for member in self.members for plane in PLANES]
+        if not all(a is b for a, b in zip(now, self.planes_then, strict=True)):
+            return False
+        if not torch.compiler.is_compiling() and self.addresses != [0 if p is None else p.data_ptr() for p in now]:
+            self.invalidate()
+        return True
 
     def planes(self) -> PackedWeight:
         if self.merged is None:
@@ -136,7 +182,9 @@ class _Group:
                 if whole is not None:
                     for member, rows in zip(self.members, whole.split(self._sizes()), strict=True):
                         getattr(member, plane).data = rows
+            self.planes_then = [member._parameters.get(plane) for member in self.members for plane in PLANES]
             if not torch.compiler.is_compiling():
+                self.addresses = [0 if p is None else p.data_ptr() for p in self.planes_then]
                 self._share_bias()
         return self.merged
 
@@ -183,16 +231,19 @@ class _Group:
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """The result of member ``index`` for ``x``."""
-        version = 0 if torch.compiler.is_compiling() else _version(x)
-        if self.input is not x or self.version != version or index not in self.parts:
+        compiling = torch.compiler.is_compiling()
+        kept = self.traced if compiling else self.parts
+        key: tuple[Any, ...] = (torch.is_grad_enabled(),)
+        if not compiling:
+            key = _version(x), torch.is_inference_mode_enabled(), *key
+        part = kept.of(x, key, index)
+        if part is None:
             first = self.members[0]
             layout = first.in_features, first.bits, first.residual_bits, first.group_size, first.seed
             out = ops.linear(x, *self.planes(), self.merged_bias(), *layout)
-            self.input, self.version = x, version
-            self.parts = dict(enumerate(out.split(self._sizes(), -1)))
-        part = self.parts.pop(index)
-        if not self.parts:
-            self.input = None
+            parts = dict(enumerate(out.split(self._sizes(), -1)))
+            part = parts.pop(index)
+            kept.keep(x, key, parts)
         return part
 
 
@@ -210,7 +261,7 @@ class _Member(TurboQuantLinear):
         if out is not None:
             return out
         self.check_input(input)
-        if is_autocast_enabled(input) and input.dtype != torch.float64:
+        if (is_autocast_enabled(input) and input.dtype != torch.float64) or not self.group.holds():
             return super().forward(input)  # the cast makes a new tensor each time: nothing to share
         return self.group.take(self.index, input)
 
@@ -232,6 +283,10 @@ class _Member(TurboQuantLinear):
 
     def _set_planes(self, packed: PackedWeight) -> None:
         super()._set_planes(packed)
+        self.group.invalidate()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.group.invalidate()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Member:
