@@ -266,3 +266,15 @@ def test_on_the_gpu(build, ids):
     module.to("cuda")
     assert module.weight.device.type == "cuda"
     torch.testing.assert_close(module(ids.cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lookups_are_contiguous_whatever_the_width(dtype):
+    """As the fake kernel of the op says."""
+    quantized = TurboQuantEmbedding.from_embedding(torch.nn.Embedding(9, 40, dtype=dtype))
+    ids = torch.tensor([[1, 2, 8], [0, 0, 3]])
+    found = quantized(ids)
+    assert found.is_contiguous()
+    assert found.untyped_storage().nbytes() == found.nbytes
+    arguments = (ids, *quantized.packed, 40, *quantized.settings.values(), dtype)
+    torch.library.opcheck(torch.ops.turboquant_weights.embedding.default, arguments, test_utils=("test_faketensor",))

@@ -16,6 +16,7 @@ from turboquant_weights import (
     TurboQuantExperts,
     TurboQuantLinear,
     quantize_model,
+    reference,
 )
 from turboquant_weights import model as walker
 from turboquant_weights.experts import DenseExperts, ExpertMatrix, find_stacks
@@ -396,3 +397,9 @@ def test_dense_stacks_compute_what_the_parameter_does():
         product = functional.linear(x, stack[1]) if layout == "out_in" else x @ stack[1]
         torch.testing.assert_close(product, x @ matrices[1].T, rtol=0, atol=1e-4)
         assert isinstance(stack[0], ExpertMatrix)
+
+
+def test_experts_that_are_elsewhere_give_zeros():
+    x = torch.randn(5, 4)
+    out = reference.routed(x, torch.tensor([1, -1, 0, 2, 7]), 2, 4, lambda rows, expert: rows * (expert + 1))
+    torch.testing.assert_close(out, torch.stack([x[0] * 2, x[1] * 0, x[2], x[3] * 0, x[4] * 0]))

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from ptx_emulator import inline_asm_elementwise, run
 
-from turboquant_weights.errors import ScheduleError
+from turboquant_weights.errors import QuantizationError, ScheduleError
 from turboquant_weights.kernels import decode, schedule
 from turboquant_weights.kernels import linear as kernels
 from turboquant_weights.kernels.schedule import Rotating, Slices, SplitK, StreamK, choose, streamk_stages
@@ -268,15 +269,15 @@ def stack(n: int, k: int, residual_bits: int):
 
 def check_routed(multiply, residual_bits, n, k, dtype, index_dtype=torch.int64):
     packed, exact = stack(n, k, residual_bits)
-    experts = torch.tensor([2, 0, 3, 2, 1, 7], device=DEVICE, dtype=index_dtype)  # 3 and 7 are elsewhere
+    experts = torch.tensor([2, 0, 3, -1, 1, 7], device=DEVICE, dtype=index_dtype)  # -1, 3 and 7 are elsewhere
     x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).to(DEVICE, dtype)
     layout = (k, 4, residual_bits, 128, 0)
     got = multiply(x, experts, packed, layout)
     assert got.shape == (6, n)
     assert got.dtype == dtype
-    assert (got[experts >= 3] == 0).all()
+    assert (got[(experts < 0) | (experts >= 3)] == 0).all()
     for row, expert in enumerate(experts.tolist()):
-        if expert < 3:
+        if 0 <= expert < 3:
             want = x[row].double() @ exact[expert].T
             member = packed.map(lambda plane, e=expert: plane[e])
             eager = reference.linear(x[row], member, None, k, bits=4, residual_bits=residual_bits, group_size=128, seed=0)
@@ -395,6 +396,89 @@ def test_activations_of_any_magnitude(magnitude):
     assert (got[1] == 0).all()
     tiny = 2.0**-24 * 40**0.5  # the result's own rounding, where it is subnormal
     assert ((got.double() - want).norm(dim=1) <= 1e-3 * want.norm(dim=1) + tiny).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_of_any_magnitude_through_scratch(bias):
+    """Where cuBLAS multiplies what one kernel rotates."""
+    n, k, m = 40, 256, 33
+    packed = reference.quantize_weight(torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 1e-3, bits=3).weight
+    exact = dequantize(packed, k, 3, 0, 128, 0)
+    x = (torch.sign(torch.randn(m, k, generator=torch.Generator().manual_seed(1))) * 6e4).half()
+    x[1], x[2] = 0, x[2] * 1e-5
+    offset = torch.randn(n).half() if bias else None
+    moved = packed.map(lambda plane: plane.to(DEVICE))
+    layout = dict(bits=3, residual_bits=0, group_size=128, seed=0)
+    got = kernels.linear(x.to(DEVICE), moved, None if offset is None else offset.to(DEVICE), k, **layout).cpu().double()
+    want = x.double() @ exact.T + (0 if offset is None else offset.double())
+    assert ((got - want).norm(dim=1) <= 2e-3 * want.norm(dim=1) + 2.0**-24 * n**0.5).all()
+
+
+def in_records(plane: torch.Tensor, extra: int) -> torch.Tensor:
+    """The same rows with ``extra`` bytes between them."""
+    rows, columns = plane.shape
+    return torch.zeros(rows, columns + extra, dtype=plane.dtype, device=plane.device)[:, :columns].copy_(plane)
+
+
+@pytest.mark.parametrize("m", [1, 3, 9, 64])
+@pytest.mark.parametrize("residual_bits", [0, 1, 4])
+def test_planes_and_biases_may_have_gaps(m, residual_bits, assembly_on_cpu):
+    n, k = 40, 512
+    packed, exact = layer(n, k, 4, residual_bits)
+    x, bias = inputs(m, n, k)
+    layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
+    want = x.double() @ exact.T + bias.double()
+
+    def strided(tensor):
+        return torch.stack([tensor, tensor + 1], -1)[..., 0]
+
+    changed = [
+        (packed._replace(codes=in_records(packed.codes, 6)), bias),
+        (packed._replace(scales=in_records(packed.scales, 1)), bias),
+        (packed._replace(codes=strided(packed.codes)), bias),
+        (packed._replace(scales=strided(packed.scales), exponents=strided(packed.exponents)), strided(bias)),
+    ]
+    if residual_bits:
+        changed.append((packed._replace(residual=in_records(packed.residual, 2)), bias))
+    for planes, offset in changed:
+        got = kernels.linear(x, planes, offset, k, **layout)
+        assert ((got.double() - want).norm(dim=0) < 2e-3 * (exact.norm(dim=1) * x.double().norm() + bias.abs())).all()
+
+
+def test_tensors_on_several_devices_are_an_error():
+    def on(index):
+        return SimpleNamespace(get_device=lambda: index, device=f"cuda:{index}")
+
+    planes = reference.PackedWeight(on(0), None, on(0), on(0))
+    kernels._check_devices(on(0), planes, on(0), "bias")
+    cases = [(on(1), planes, None), (on(0), planes, on(-1))]
+    cases += [(on(0), planes._replace(**{plane: on(1)}), on(0)) for plane in planes._fields]
+    for x, changed, bias in cases:
+        with pytest.raises(QuantizationError, match=r"x is on cuda:.*, but the layer has codes on .*: move"):
+            kernels._check_devices(x, changed, bias, "bias")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_a_bias_on_another_device_is_an_error():
+    packed, _ = layer(40, 128, 4, 0)
+    x, bias = inputs(2, 40, 128)
+    for _ in range(3):  # launches by addresses come after the first
+        kernels.linear(x, packed, bias, 128, bits=4, residual_bits=0, group_size=128, seed=0)
+        with pytest.raises(QuantizationError, match="bias on cpu"):
+            kernels.linear(x, packed, bias.cpu(), 128, bits=4, residual_bits=0, group_size=128, seed=0)
+
+
+def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path):
+    path = tmp_path / "schedules.json"
+    entry = dict(gpu="made up", rows=64, columns=128, residual_bits=0)
+    for tokens, chosen, fine in ((1, [8], True), (8, [8, 1], True), (8, [8], False), (16, [8, 1], False)):
+        path.write_text(json.dumps([entry | dict(tokens=tokens, schedule=chosen)]))
+        if fine:
+            schedule.read(path)
+        else:
+            with pytest.raises(ScheduleError, match="one integer is a schedule for 1 token, two are for at most 8"):
+                schedule.read(path)
 
 
 def test_extreme_row_exponents():

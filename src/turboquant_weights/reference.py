@@ -394,7 +394,8 @@ def dequantize_weight(
     block = rotation_block(in_features, group_size)
 
     def decode(part: PackedWeight) -> Tensor:
-        return unrotate(_decode_rows(part, bits, residual_bits), block, seed)[:, :in_features].to(dtype)
+        rows = unrotate(_decode_rows(part, bits, residual_bits), block, seed)[:, :in_features].to(dtype)
+        return rows.contiguous()  # as the op's fake kernel says, and without the padding
 
     parts = _row_chunks(packed, _DECODE_CHUNK)
     if len(parts) == 1:
@@ -490,10 +491,12 @@ def linear_input_gradient(
 
 def routed(x: Tensor, experts: Tensor, count: int, width: int, multiply: Callable[[Tensor, int], Tensor]) -> Tensor:
     """``x`` [s, k] and the expert of each row, integers [s], to [s, width]: ``multiply(rows, e)`` is called once for each
-    expert that has rows. A row whose expert is ``count`` or more (what expert parallelism gives away) becomes zeros.
+    expert that has rows. A row whose expert is negative or from ``count`` on (what expert parallelism gives away) becomes
+    zeros.
 
     The rows are sorted by expert first; their number per expert is the only thing that is waited for on a GPU.
     """
+    experts = experts.where(experts >= 0, count)
     order = experts.argsort(stable=True)
     sizes = torch.bincount(experts, minlength=count)[:count].tolist()
     given = x[order]

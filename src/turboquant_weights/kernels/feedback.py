@@ -57,6 +57,9 @@ def feed_back(
     block: Tensor, scale: Tensor, factor: Tensor, boundaries: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``feedback.feed_back``: codes uint8 and errors float32 [rows, candidates, 32], losses [rows, candidates]."""
+    if block.is_cuda and block.get_device() != torch.cuda.current_device():  # where Triton launches
+        with torch.cuda.device(block.device):
+            return feed_back(block, scale, factor, boundaries, levels)
     rows, candidates = scale.shape
     codes = torch.empty(rows, candidates, 32, dtype=torch.uint8, device=block.device)
     errors = torch.empty(rows, candidates, 32, dtype=torch.float32, device=block.device)

@@ -15,8 +15,9 @@ import triton
 from torch import Tensor
 
 from ..codebook import level_tensor
+from ..errors import QuantizationError
 from ..reference import PackedWeight
-from ..rotation import SCALE_BLOCK, rotation_block
+from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
 from .decode import TILE, assembly
 from .dequantize import dequantize_kernel
 from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
@@ -61,10 +62,40 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _in_words(codes: int, residual: int, scales: int) -> bool:
-    """Whether assembly can read planes at these addresses: it loads 16 bytes of a plane and 4 scales at a time, and a view
-    that the user cut out of bytes may start anywhere (it takes the portable path)."""
-    return (codes | residual | scales << 2) & 15 == 0
+def _in_words(codes: int, residual: int, scales: int, code_stride: int, residual_stride: int, residual_bits: int) -> bool:
+    """Whether assembly can read planes at these addresses, with these bytes from row to row: it loads 16 bytes of a plane
+    and 4 scales at a time, and a view that the user cut out of bytes may start anywhere (it takes the portable path)."""
+    return (codes | residual | scales << 2 | code_stride) & 15 == 0 and residual_stride % (4 * (residual_bits or 4)) == 0
+
+
+def _with_unit_steps(packed: PackedWeight, bias: Tensor | None) -> tuple[PackedWeight, Tensor | None]:
+    """Planes and bias whose last dimension has no gaps, which kernels take for granted; copies of those that have."""
+    codes, residual, scales, exponents = packed
+    if (
+        codes.stride(-1) == scales.stride(-1) == exponents.stride(-1) == 1
+        and (residual is None or residual.stride(-1) == 1)
+        and (bias is None or bias.stride(0) == 1)
+    ):
+        return packed, bias
+    whole = packed.map(lambda plane: plane if plane.stride(-1) == 1 else plane.contiguous())
+    return whole, bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
+
+
+def _check_devices(x: Tensor, packed: PackedWeight, other: Tensor | None, name: str) -> None:
+    """Kernels are launched by addresses: one of another device would end the process."""
+    device = x.get_device()
+    codes, residual, scales, exponents = packed
+    if (
+        codes.get_device() == scales.get_device() == exponents.get_device() == device
+        and (residual is None or residual.get_device() == device)
+        and (other is None or other.get_device() == device)
+    ):
+        return
+    tensors = {"codes": codes, "residual": residual, "scales": scales, "exponents": exponents, name: other}
+    found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+    raise QuantizationError(
+        f"x is on {x.device}, but the layer has {found}: move the layer or its input, so that all are on one"
+    )
 
 
 def has_warp_groups(device: torch.device, residual_bits: int, columns: int) -> bool:
@@ -89,8 +120,8 @@ def _goes_through_scratch(tokens: int, packed: PackedWeight, bits: int, residual
     if tokens <= crossover(bits, residual_bits, columns):
         return False
     rest = codes if residual is None else residual
-    words = _in_words(codes.data_ptr(), _address(residual), scales.data_ptr())
     strides = codes.stride(0), rest.stride(0), scales.stride(0)
+    words = _in_words(codes.data_ptr(), _address(residual), scales.data_ptr(), *strides[:2], residual_bits)
     streams = _streams(codes.device, bits, residual_bits, groups, words, strides)
     return tokens > crossover(bits, residual_bits, columns, streams)
 
@@ -148,6 +179,8 @@ def linear(
     Constants (signs, Hadamard tiles, levels) are made on the first call per device: run a layer once before capturing it
     into a CUDA graph.
     """
+    _check_devices(x, packed, bias, "bias")
+    packed, bias = _with_unit_steps(packed, bias)
     rows = packed.scales.shape[0]
     shape = list(x.shape)
     shape[-1] = rows
@@ -160,7 +193,9 @@ def linear(
         x = x if x.stride(-1) == 1 else x.contiguous()
     if x.dtype == torch.float32 or _goes_through_scratch(tokens, packed, bits, residual_bits):
         layout = (in_features, bits, residual_bits, group_size, seed)
-        through_scratch(x.view(tokens, in_features), packed, bias, out.view(tokens, rows), *layout)
+        precise = torch.autocast(x.device.type, enabled=False) if is_autocast_enabled(x) else contextlib.nullcontext()
+        with precise:
+            through_scratch(x.view(tokens, in_features), packed, bias, out.view(tokens, rows), *layout)
     else:
         fused(x, packed, bias, out, in_features, bits, residual_bits, group_size, seed)
     return out
@@ -197,14 +232,21 @@ class _Launch:
         if not aligned or compiled is None:  # the interpreter returns none
             return compiled
         # What JITFunction.run ends with: metadata and hooks of the launch, which there are none of, are None.
-        run, self.handles = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+        run = compiled.run
+        handles: tuple[Any, ...] = (compiled.function, compiled.packed_metadata, None, None, None)
         if _IS_KNOWN_LAUNCHER and type(run).__name__ == "CudaLauncher":
             # And what CudaLauncher.__call__ ends with, 3 us of Python later. No kernel here needs Triton's scratch memory.
             assert run.global_scratch_size == run.profile_scratch_size == 0
-            self.handles = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *self.handles[1:])
+            handles = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *handles[1:])
             run = run.launch
-        self.run = run
+        self._ready(compiled, run, handles)
         return compiled
+
+    def _ready(self, compiled: Any, run: Any, handles: tuple[Any, ...]) -> None:
+        """``run`` last: another thread that sees it launches."""
+        if self.run is None:
+            self.handles = handles
+            self.run = run
 
     def again(self, stream: int, *addresses: int) -> None:
         """For addresses that are multiples of 16."""
@@ -237,12 +279,12 @@ class _MappedLaunch(_Launch):
             base = tensors[i].view(matrix.dtype)
             shape, strides = [matrix.rows, matrix.columns], [matrix.stride, 1]
             operands[i] = TensorDescriptor(base, shape, strides, matrix.block, matrix.layout)
-        compiled = super().first(tuple(operands), aligned)
-        if self.run is not None:
-            # Triton encodes the maps in every launch, in Python; its C function takes them ready.
-            self.run = inspect.getclosurevars(self.run).nonlocals["launcher"]
-            self.encodings = compiled.metadata.tensordesc_meta
-        return compiled
+        return super().first(tuple(operands), aligned)
+
+    def _ready(self, compiled: Any, run: Any, handles: tuple[Any, ...]) -> None:
+        # Triton encodes the maps in every launch, in Python; its C function takes them ready.
+        self.encodings = compiled.metadata.tensordesc_meta
+        super()._ready(compiled, inspect.getclosurevars(run).nonlocals["launcher"], handles)
 
     def _encoded(self, addresses: tuple[int, ...]) -> tuple[Any, ...]:
         """The maps, each with its shape and strides, as the kernel's C function wants them. An address decides all of it."""
@@ -361,7 +403,8 @@ def _plan(
         order, levels = SPLITK, (level_tensor(bits, residual_bits, device),)
         arguments = (
             *(*sizes, split, bits, residual_bits, decoder, has_bias, tail),
-            *(schedule.block_m, schedule.block_n, split > 1, 1 if tail else schedule.stages, pdl),
+            # Stages load the four scales of a row and tile as one word.
+            *(schedule.block_m, schedule.block_n, split > 1, 1 if tail or strides[2] % 4 else schedule.stages, pdl),
         )
         product = _Launch(splitk_kernel, (row_tiles, split, token_tiles), arguments, schedule.warps, pdl)
         slots, part = row_tiles * token_tiles, schedule.block_n * schedule.block_m
@@ -412,7 +455,7 @@ def fused(
     plan = _plan(
         x.device, x.dtype, None if bias is None else bias.dtype, x.numel() // in_features, stride,
         rows, groups, (codes.stride(0), rest.stride(0), scales.stride(0)), in_features, bits, residual_bits, group_size,
-        seed, _in_words(at_codes, at_residual, at_scales), schedule,
+        seed, _in_words(at_codes, at_residual, at_scales, codes.stride(0), rest.stride(0), residual_bits), schedule,
     )  # fmt: skip
     product, rotation = plan.product, plan.rotation
     aligned = (at_codes | at_residual | at_scales | at_x | at_exponents | at_bias | at_out) & 15 == 0
@@ -456,13 +499,14 @@ def is_routed_at_once(
     number of rows per expert, which a CUDA graph that is being captured cannot have.
     """
     codes, residual, _, _ = packed
+    rest = codes if residual is None else residual
     able = (
         x.dtype in (torch.float16, torch.bfloat16)
         and _capability(x.device) >= 80
         and assembly(bits, residual_bits) != ""
         and codes.stride(0) % 16 == 0
         and (residual is None or residual.stride(0) % (4 * residual_bits) == 0)
-        and _in_words(codes.data_ptr(), _address(residual), 0)
+        and _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(1), rest.stride(1), residual_bits)
     )
     if not able:
         return False
@@ -523,6 +567,8 @@ def routed(
 ) -> Tensor:
     """``y[i] = x[i] W[experts[i]]^T``, one launch for ``x`` [s, in_features] and a stack of planes, in any dtype and shape
     that :func:`is_routed_at_once` accepts; zeros for experts beyond the stack."""
+    _check_devices(x, packed, experts, "experts")
+    packed, _ = _with_unit_steps(packed, None)
     codes, residual, scales, exponents = packed
     rest = codes if residual is None else residual
     out = x.new_empty((len(x), codes.shape[1]))
@@ -553,7 +599,8 @@ def dequantize_rotated(packed: PackedWeight, bits: int, residual_bits: int, dtyp
     rest = codes if residual is None else residual
     out = torch.empty((rows, groups * SCALE_BLOCK), dtype=dtype, device=codes.device)
     # Assembly rounds level * scale to half precision: too coarse for float32.
-    words = _capability(codes.device) >= 80 and _in_words(codes.data_ptr(), _address(residual), 0)
+    aligned = _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(0), rest.stride(0), residual_bits)
+    words = _capability(codes.device) >= 80 and aligned
     decoder = assembly(bits, residual_bits) if words and dtype != torch.float32 else ""
     dequantize_kernel[(-(-rows // 32), -(-groups // 4))](
         codes, rest, scales, exponents, level_tensor(bits, residual_bits, codes.device), out,
@@ -607,8 +654,14 @@ def through_scratch(
     """Dequantizes the rotated weight into scratch memory and leaves the matmul of ``x`` [tokens, in_features] to cuBLAS."""
     rows, groups = packed.scales.shape
     columns = groups * SCALE_BLOCK
+    power: Tensor | None = None
+    if x.dtype == torch.float16:
+        # A rotation multiplies an entry by up to 128 ** 0.5: tokens above 2 ** 11 are brought below by a power of two.
+        exponent = (torch.frexp(x.abs().amax(1, keepdim=True).float())[1] - 11).clamp(min=0)
+        power, x = torch.exp2(exponent.float()), (x * torch.exp2(-exponent.float())).to(x.dtype)
     rotated = rotate(x, columns, rotation_block(in_features, group_size), seed)
     bias = None if bias is None else bias.to(x.dtype)
+    later, bias = (bias, None) if power is not None else (None, bias)  # added to what is scaled up again
     for part, planes in _row_parts(packed, columns * x.element_size()):
         dense = dequantize_rotated(planes, bits, residual_bits, x.dtype)
         if len(dense) < rows:
@@ -618,9 +671,12 @@ def through_scratch(
             torch.mm(rotated, dense.T, out=out)
         else:
             torch.addmm(bias, rotated, dense.T, out=out)
+    if power is not None:
+        out.copy_(out * power if later is None else torch.addcmul(later.float(), out.float(), power))
 
 
 @_on_device_of
+@keeps_precision
 def linear_input_gradient(
     grad: Tensor,
     packed: PackedWeight,
@@ -631,6 +687,8 @@ def linear_input_gradient(
     seed: int,
 ) -> Tensor:
     """``grad @ W`` with ``grad`` [..., rows] float16, bfloat16 or float32: dequantization, cuBLAS, rotation back."""
+    _check_devices(grad, packed, None, "")
+    packed, _ = _with_unit_steps(packed, None)
     rows, groups = packed.scales.shape
     columns, shape = groups * SCALE_BLOCK, (*grad.shape[:-1], in_features)
     if grad.numel() == 0:

@@ -187,13 +187,13 @@ def routed_kernel(
     ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, token): ``out[i] = x[i] W[experts[i]]^T`` for a stack of ``count`` matrices, whose planes are
-    ``codes_apart``, ... bytes apart; zeros for experts from ``count`` on. The rest as above."""
+    ``codes_apart``, ... bytes apart; zeros for experts that are negative or from ``count`` on. The rest as above."""
     tile_n = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
     if PDL:
         wait_for_producer()
     expert = tl.load(experts + token).to(tl.int64)
-    which = tl.minimum(expert, count - 1)
+    which = tl.minimum(tl.maximum(expert, 0), count - 1)
     # So written that the compiler sees that a thread's words of the residual lie together.
     WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)
     rest = residual.to(tl.pointer_type(tl.int32)) + which * (residual_apart // (4 * WORDS) * WORDS)
@@ -204,5 +204,5 @@ def routed_kernel(
         RESIDUAL_BITS, ASSEMBLY, TAIL, ROWS, WARPS, False, PDL,
     )  # fmt: skip
     row = tile_n * ROWS + tl.arange(0, ROWS)
-    total = tl.where(expert < count, total, 0.0)
+    total = tl.where((expert >= 0) & (expert < count), total, 0.0)
     tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=row < rows)

@@ -69,6 +69,7 @@ class SplitK(NamedTuple):
 
 Schedule = Rotating | Slices | StreamK | SplitK
 _KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 5: SplitK}  # by their number of fields
+_MOST_OF_KIND = {1: 1, 2: MOST_TOKENS}  # tokens
 
 SLICE_ROWS = 16
 # What an H100 wants: programs of `rotating.py`, at most, by warps (without and with a residual), and the columns up to which
@@ -166,8 +167,11 @@ def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int
         for entry in json.loads(path.read_text(encoding="utf-8")):
             shape = (int(entry["rows"]), int(entry["columns"]), int(entry["residual_bits"]))
             schedule = tuple(int(value) for value in entry["schedule"])
-            if int(entry["tokens"]) not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
+            tokens = int(entry["tokens"])
+            if tokens not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
                 raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1, 2, 3 or 5 positive integers")
+            if tokens > _MOST_OF_KIND.get(len(schedule), tokens):
+                raise ValueError(f"{entry}: one integer is a schedule for 1 token, two are for at most {_MOST_OF_KIND[2]}")
             table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
