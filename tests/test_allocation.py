@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from tiny_model import tiny_llama
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from turboquant_weights import ConfigError, TurboQuantConfig, plan_bits, reference
 from turboquant_weights.allocation import ERRORS, Unit, allocate, steps
@@ -92,7 +93,7 @@ def test_sensitivities_predict_the_kl_divergence_of_noise() -> None:
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
     embeddings = {"model.embed_tokens": model.model.embed_tokens}
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with BlockStream(model, tokens, torch.device("cpu")) as stream:
+    with BlockStream(model, tokens, torch.device("cpu"), windows=1) as stream:
         values = measure(stream, linears, embeddings, progress=False)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -147,6 +148,28 @@ def test_sensitivities_are_reproducible() -> None:
     layers = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
     found = []
     for part in (tokens, tokens.clone()):
-        with BlockStream(model, part, torch.device("cpu")) as stream:
+        with BlockStream(model, part, torch.device("cpu"), windows=1) as stream:
             found.append(measure(stream, layers, {}, progress=False))
     assert found[0] == found[1]
+
+
+def test_budgets_for_a_bias_that_belongs_to_heads_and_windows_at_once() -> None:
+    """BLOOM's alibi is [windows * heads, 1, l]: cutting recorded arguments by their first dimension cannot be right."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4))
+    tokens = torch.randint(0, 97, (12, 64), generator=torch.Generator().manual_seed(1))
+    plan = plan_bits(model, tokens=tokens, progress=False)
+    assert all(unit.sensitivity > 0 for unit in plan.units)
+
+
+def test_a_bias_per_head_is_not_cut_where_there_are_as_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPT's bias is [heads, 1, l]. The same window again and again says the same, however often."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(-1, keepdim=True))  # no chance
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, initializer_range=0.3)).eval()
+    window = torch.randint(0, 97, (1, 24), generator=torch.Generator().manual_seed(1))
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
+    found = []
+    for count in (3, 4):
+        with BlockStream(model, window.expand(count, -1), torch.device("cpu"), windows=1) as stream:
+            found.append(measure(stream, linears, {}, progress=False))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

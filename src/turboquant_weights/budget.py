@@ -165,7 +165,7 @@ def plan_bits(
     where = torch.device(device) if device is not None else next(model.parameters()).device
     with dense_stacks(model, stacks):
         linears = {name: model.get_submodule(name) for name in targets}
-        with BlockStream(model, tokens, where) as stream:
+        with BlockStream(model, tokens, where, windows=1) as stream:
             values = sensitivity.measure(stream, linears, embeddings, progress=progress)
         probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
         groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
