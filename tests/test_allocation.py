@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from tiny_model import tiny_llama
+from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from turboquant_weights import ConfigError, TurboQuantConfig, plan_bits, reference
@@ -173,3 +174,52 @@ def test_a_bias_per_head_is_not_cut_where_there_are_as_many_windows(monkeypatch:
         with BlockStream(model, window.expand(count, -1), torch.device("cpu"), windows=1) as stream:
             found.append(measure(stream, linears, {}, progress=False))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+class Positions(nn.Module):
+    """An MLP that has an embedding of its own."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.positions = mlp, nn.Embedding(24, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x + self.positions(torch.arange(x.shape[1])))
+
+
+def test_an_embedding_inside_a_block_is_measured_like_its_layers() -> None:
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2).eval()
+    model.model.layers[1].mlp = Positions(model.model.layers[1].mlp)
+    tokens = torch.randint(0, 97, (24, 24))
+    name = "model.layers.1.mlp.positions"
+    with BlockStream(model, tokens, torch.device("cpu"), windows=1) as stream:
+        values = measure(stream, {}, {name: model.get_submodule(name)}, progress=False)
+    measured = []
+    for _ in range(6):
+        noisy = copy.deepcopy(model)
+        weight = noisy.get_submodule(name).weight
+        weight.data += 0.003**0.5 * weight.detach().square().mean(1, keepdim=True).sqrt() * torch.randn_like(weight)
+        with torch.no_grad():
+            wanted, found = (m(input_ids=tokens).logits.flatten(0, 1) for m in (model, noisy))
+        measured.append(float(kl_divergence(wanted, found).mean()))
+    assert 0.003 * values[name] == pytest.approx(sum(measured) / len(measured), rel=0.25)
+    unit = next(
+        unit for unit in plan_bits(model, tokens=tokens, calibrated=False, progress=False).units if name in unit.names
+    )
+    assert unit.sensitivity > 0
+
+
+def test_layers_that_share_a_weight_have_one_sensitivity_that_of_all_uses() -> None:
+    """One layer under two names in one block, one label: the gradient is the sum, and it is not counted twice."""
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2).eval()
+    mlps = [layer.mlp for layer in model.model.layers]
+    mlps[0].up_proj.weight = mlps[0].gate_proj.weight = mlps[1].gate_proj.weight
+    tokens = torch.randint(0, 97, (4, 24))
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate_proj"]
+    values = []
+    for used in (names, names[1:2]):
+        with BlockStream(model, tokens, torch.device("cpu"), windows=1) as stream:
+            values.append(measure(stream, {name: model.get_submodule(name) for name in used}, {}, progress=False))
+    assert values[0] == dict.fromkeys(names, values[1][names[1]])

@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,22 +69,30 @@ def measure(
     Args:
         stream: Open, in front of the first block, with one window per batch; a few thousand tokens are enough.
         linears, embeddings: By name; the former may be dense stacks of experts, too.
-            Layers outside the blocks count with what the tail's gradient says; those that the text does not
-            reach get 0. Tied weights get one gradient, the sum of both uses, under the name of either.
+
+    Layers outside the blocks count with what the tail's gradient says; those that the text does not reach get 0. Modules
+    that share one weight have one value, which is that of all its uses; uses in different blocks count as independent.
     """
+    modules = {**linears, **embeddings}
+    first: dict[int, str] = {}  # of the names of one weight
+    for name, module in modules.items():
+        first.setdefault(id(module.weight), name)
+    measured = {name: modules[name] for name in first.values()}
+    fisher = Fisher({name: _matrix(module) for name, module in measured.items()})
     inside = {id(module) for block in stream.blocks for module in block.modules()}
-    outside = {name: module for name, module in {**linears, **embeddings}.items() if id(module) not in inside}
-    fisher = Fisher({name: _matrix(module) for name, module in {**linears, **embeddings}.items()})
+    rest = {id(p) for module in stream.model.modules() if id(module) not in inside for p in module._parameters.values()}
+    outside = {name: module for name, module in measured.items() if id(module.weight) in rest}
     names: list[dict[str, nn.Module]] = []
     for block in stream.blocks:
-        members = {id(module) for module in block.modules()}
-        names.append({name: module for name, module in linears.items() if id(module) in members})
+        held = {id(parameter) for parameter in block.parameters()}
+        names.append({name: module for name, module in measured.items() if id(module.weight) in held})
     generator = torch.Generator(device=stream.device).manual_seed(_SEED)
     assert all(len(batch.tokens) == 1 for batch in stream.batches)
     with _frozen(stream.model):
         for batch in tqdm(stream.batches, desc="measuring sensitivities", unit="window", disable=not progress):
             _backward(stream, dataclasses.replace(batch), names, outside, fisher, generator)
-    return fisher.sensitivities()
+    values = fisher.sensitivities()
+    return {name: values[first[id(module.weight)]] for name, module in modules.items()}
 
 
 @torch.no_grad()
