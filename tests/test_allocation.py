@@ -79,6 +79,14 @@ def test_more_sensitive_units_get_more_bits() -> None:
     assert totals[0] < totals[2]
 
 
+def test_nothing_is_better_than_dense_and_larger() -> None:
+    """Three layers on one weight that would have planes of their own: 4+4 three times is more than the weight once."""
+    one = Unit(("a", "b", "c"), ((64, 128),) * 3, 1.0, dense=64 * 128 * 2)
+    hull = one.hull()
+    assert [bits for _, _, bits in hull] == [(2, 0), (3, 0), (4, 0), None]
+    assert allocate([one], 0, max_bytes=1e9).bits == dict.fromkeys("abc")
+
+
 def test_errors_are_those_of_the_quantizer() -> None:
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(5))
     for (bits, residual_bits), error in ERRORS.items():

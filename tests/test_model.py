@@ -156,6 +156,25 @@ def test_layers_with_one_weight_share_their_planes():
     assert report.dense_bytes == (32 * 48 + 48 + 48) * 2
 
 
+def test_layers_with_one_weight_need_the_same_bits():
+    def build():
+        model = nn.ModuleDict({name: nn.Linear(32, 48) for name in "abc"})
+        model["b"].weight = model["a"].weight
+        return model
+
+    model = build()
+    config = TurboQuantConfig(layer_bits={"a": (4, 2), "b": (4, 0)})
+    with pytest.raises(ConfigError, match=r"a and b share one weight, but layer_bits gives them 4\+2 and 4 bits: give both"):
+        quantize_model(model, config, progress=False)
+    assert quantized_names(model) == []
+    with pytest.raises(ConfigError, match="a and b share one weight"):  # b: what bits say
+        quantize_model(model, TurboQuantConfig(layer_bits={"a": (4, 2)}), progress=False)
+    quantize_model(model, TurboQuantConfig(layer_bits={"[ab]": (4, 2)}), progress=False)
+    assert model["a"].codes is model["b"].codes
+    assert torch.equal(model["a"].dequantize(), model["b"].dequantize())
+    assert torch.isfinite(model["b"](torch.randn(2, 32))).all()
+
+
 def test_a_weight_shared_with_an_embedding_is_skipped_without_transformers_help():
     model = nn.ModuleDict(
         {"embedding": nn.Embedding(16, 32), "body": nn.Linear(32, 32), "out": nn.Linear(32, 16, bias=False)}

@@ -28,11 +28,13 @@ from turboquant_weights import (
     TurboQuantEmbedding,
     TurboQuantLinear,
     load,
+    plan_bits,
     quantize_model,
     save,
 )
 from turboquant_weights.calibration import Calibrator
 from turboquant_weights.evaluation import resident_bytes
+from turboquant_weights.modules import save_module
 from turboquant_weights.resume import BlockStore, fingerprint
 
 SMALL = dict(
@@ -145,6 +147,32 @@ def test_bits_and_kl_budgets() -> None:
         with pytest.raises(ConfigError, match=message):
             quantize_model(model, progress=False, **budget)
     assert not any(isinstance(module, TurboQuantLinear) for module in model.modules()), "nothing was replaced"
+
+
+@pytest.mark.parametrize("text", [None, tokens()])
+def test_layers_that_share_a_weight_in_a_budget(text, tmp_path: Path) -> None:
+    """One unit, in which every set of planes counts: one without calibration, one per layer with it."""
+    torch.manual_seed(1)
+    model = tiny_llama(vocab_size=131, hidden_size=128, intermediate_size=256, initializer_range=0.1)
+    gates = [layer.mlp.gate_proj for layer in model.model.layers]
+    gates[1].weight = gates[0].weight
+    names = [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
+    plan = plan_bits(model, tokens=text, progress=False)
+    (unit,) = [unit for unit in plan.units if set(names) & set(unit.names)]
+    assert set(names) <= set(unit.names)
+    assert len(unit.shapes) == len(unit.names) - (text is None)
+    assert unit.sensitivity > 0
+    assert plan.dense_bytes == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.05)
+    report = quantize_model(model, calibration=text, target_ratio=3.0, progress=False)
+    a, b = (model.get_submodule(name) for name in names)
+    assert isinstance(a, TurboQuantLinear)
+    assert isinstance(b, TurboQuantLinear)
+    assert (a.label, a.codes is b.codes) == (b.label, text is None)
+    assert report.ratio >= 3.0
+    assert torch.isfinite(model(input_ids=tokens()[:2]).logits).all()
+    save_module(model, tmp_path / "out", False)  # Transformers refuses what shares memory and is not declared to
+    allocation = plan.allocate(target_ratio=3.0)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(allocation.total_bytes, rel=0.05)
 
 
 def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,24 +43,26 @@ _COMPROMISES = 64
 class Unit:
     """Layers that get the same bits.
 
-    ``names`` of the modules; ``shapes`` their (rows, columns), a weight shared by several once; ``sensitivity``: nats of KL
-    divergence per unit of relative squared error, all layers together. ``rows``: of an embedding that may be graded, that of
-    each row, in the order in which they would be graded.
+    ``names`` of the modules; ``shapes``: (rows, columns) of the planes that they will have, those that several share once;
+    ``sensitivity``: nats of KL divergence per unit of relative squared error, all layers together. ``rows``: of an embedding
+    that may be graded, that of each row, in the order in which they would be graded. ``dense``: bytes of the weights as they
+    are, one that several share once; None: bf16, nothing shared.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     sensitivity: float
     rows: tuple[float, ...] = ()
+    dense: int | None = None
 
     @property
     def weights(self) -> int:
         return sum(rows * columns for rows, columns in self.shapes)
 
     def bytes(self, bits: EmbeddingBits | None) -> int:
-        """Stored bytes of the weights; None: bf16."""
+        """Stored bytes of the weights; None: as they are."""
         if bits is None:
-            return self.weights * _DENSE_BYTES
+            return self.weights * _DENSE_BYTES if self.dense is None else self.dense
         if is_graded(bits):
             ((rows, columns),) = self.shapes
             return sum(packed_bytes(count, columns, *own) for count, *own in bits) + _ORDER_BYTES * rows  # type: ignore[misc]
@@ -84,7 +86,8 @@ class Unit:
         points = sorted(((self.bytes(bits), self.kl(bits), bits) for bits in choices), key=lambda point: point[:2])
         hull: list[Point] = []
         for point in points:
-            if hull and point[0] <= hull[-1][0]:  # bf16 beside 4+4 of a tiny layer
+            # As it is beside 4+4 of a tiny layer; or beyond that, where layers will not share planes as they share a weight.
+            if hull and (point[0] <= hull[-1][0] or hull[-1][2] is None):
                 continue
             while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], point):
                 hull.pop()

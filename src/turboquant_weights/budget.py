@@ -8,6 +8,7 @@ read from the second moments of their inputs, in one more pass over some of the 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -180,16 +181,16 @@ def plan_bits(
     reached = {name for group in groups for name in group}
     groups += [[name] for name in linears if name not in reached]
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
-    units: list[Unit] = []
-    known: set[int] = set()
-    for group in groups:
-        for names in _alike(group, values, linears):
-            gain = gains.get(names[0], _CALIBRATED_LINEAR) if calibrated else 1.0
-            units.append(_unit(names, linears, values, gain, known))
+    clusters = [names for group in groups for names in _alike(group, values, linears)]
+    if calibrated:
+        gains = {name: gains.get(name, _CALIBRATED_LINEAR) for name in linears}
+    else:
+        gains = dict.fromkeys(linears, 1.0)
+    units = [_unit(names, linears, values, gains, apart=calibrated) for names in _united(clusters, linears)]
     for name, embedding in embeddings.items():
         gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
-        unit = _unit([name], embeddings, values, gain, known)
-        if name in rows and unit.shapes:
+        unit = _unit([name], embeddings, values, {name: gain}, apart=False)
+        if name in rows:
             unit = dataclasses.replace(unit, sensitivity=float(rows[name].sum()), rows=tuple(rows[name].tolist()))
         units.append(unit)
     return BitPlan(
@@ -274,24 +275,43 @@ def _alike(group: Sequence[str], values: Mapping[str, float], linears: Mapping[s
     return [[name for name in group if name in cluster] for cluster in clusters]
 
 
+def _united(clusters: Sequence[list[str]], linears: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Joins clusters whose layers share a weight: without calibration they share its planes, too."""
+    joined: dict[int, list[str]] = {}  # weight -> the cluster that it is in
+    for names in clusters:
+        known = {id(other): other for name in names if (other := joined.get(id(linears[name].weight)))}
+        all_names = [name for other in known.values() for name in other] + names
+        joined.update({id(linears[name].weight): all_names for name in all_names})
+    return list({id(names): names for names in joined.values()}.values())
+
+
 def _unit(
-    names: Sequence[str], modules: Mapping[str, Any], values: Mapping[str, float], gain: float, known: set[int]
+    names: Sequence[str],
+    modules: Mapping[str, Any],
+    values: Mapping[str, float],
+    gains: Mapping[str, float],
+    *,
+    apart: bool,
 ) -> Unit:
+    """``apart``: whether modules that share a weight will have planes of their own, as calibrated layers do."""
+    users = collections.Counter(id(modules[name].weight) for name in names)
+    weights = {}
     shapes = []
+    sensitivity = 0.0
     for name in names:
         module = modules[name]
         weight = module.weight if isinstance(module, nn.Embedding) else weight_rows(module, name)
-        if id(module.weight) not in known:  # layers may share one weight
-            known.add(id(module.weight))
+        sensitivity += gains[name] * values[name] / users[id(module.weight)]  # the value is that of all its uses
+        if apart or id(module.weight) not in weights:
             shapes.append((weight.shape[0], weight.shape[1]))
-    return Unit(tuple(names), tuple(shapes), gain * sum(values[name] for name in names))
+        weights[id(module.weight)] = weight.numel() * _DENSE_BYTES
+    return Unit(tuple(names), tuple(shapes), sensitivity, dense=sum(weights.values()))
 
 
 def _other_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
     """Everything in the file but the weights of the units: the other parameters in bf16, and what describes each tensor."""
-    weights = sum(unit.weights for unit in units)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) * _DENSE_BYTES
     planes = {name for unit in units for name in unit.names}
     entries = sum(len(name) + _ENTRY_BYTES for name, _ in model.named_parameters())
     entries += sum(3 * (len(name) + len(".exponents") + _ENTRY_BYTES) for name in planes)
-    return (total - weights) * _DENSE_BYTES + entries + _FILE_BYTES
+    return total - sum(unit.bytes(None) for unit in units) + entries + _FILE_BYTES

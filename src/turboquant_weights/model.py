@@ -345,9 +345,24 @@ def plan_job(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = Fal
     targets = [name for name in layers if name not in stacks]
     kept = (name for name in skipped if name in found or is_linear(model.get_submodule(name)))
     config = config.exact(layers, kept, embeddings, stacks)
+    if not has_text:
+        _check_shared(model, config, targets)
     own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
     grades = {name: own_grades for name in embeddings if (own_grades := config.grades(name)) is not None}
     return Job(model, config, targets, skipped, own, grades, tied, stacks, left)
+
+
+def _check_shared(model: nn.Module, config: TurboQuantConfig, targets: Sequence[str]) -> None:
+    """Raises a ConfigError if layers that share one weight, and so will share its planes, get different bits."""
+    first: dict[int, str] = {}
+    for name in targets:
+        other = first.setdefault(id(model.get_submodule(name).weight), name)
+        wanted, found = config.for_layer(other), config.for_layer(name)
+        if wanted != found:
+            raise ConfigError(
+                f"{other} and {name} share one weight, but layer_bits gives them {wanted.label} and {found.label} bits: give "
+                "both the same, or quantize with calibration=..., which stores them apart"
+            )
 
 
 def refuse_grades(embeddings: Mapping[str, EmbeddingBits]) -> dict[str, tuple[int, int]]:
