@@ -225,6 +225,16 @@ def test_a_tied_head_may_be_left_out_of_skip_only():
         quantize_model(Tied(), TurboQuantConfig(embeddings={"*": (4, 2)}, skip=("out",)), progress=False)
 
 
+def test_skip_may_name_an_embedding_that_stays_as_it_is():
+    model = Tied()
+    report = quantize_model(model, skip=["again", "out"], progress=False)
+    assert [layer.name for layer in report.layers] == ["body"]
+    assert type(model.again) is nn.Embedding
+    for pattern, name in (("emb*", "embedding"), ("again", "again")):
+        with pytest.raises(ConfigError, match=f"matches {name}, which embeddings quantizes: remove one of the two"):
+            quantize_model(Tied(), TurboQuantConfig(embeddings={"emb*": (4, 2)}, skip=(pattern,)), progress=False)
+
+
 @pytest.mark.parametrize(
     ("build", "embeddings", "message"),
     [

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
@@ -173,6 +175,41 @@ def test_layers_that_share_a_weight_in_a_budget(text, tmp_path: Path) -> None:
     save_module(model, tmp_path / "out", False)  # Transformers refuses what shares memory and is not declared to
     allocation = plan.allocate(target_ratio=3.0)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(allocation.total_bytes, rel=0.05)
+
+
+def opt() -> nn.Module:
+    config = OPTConfig(vocab_size=131, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4)
+    config.word_embed_proj_dim, config.max_position_embeddings = 64, 300
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("text", [None, tokens()])
+def test_an_embedding_that_cannot_be_quantized_stays_dense_in_a_budget(text) -> None:
+    """OPT's positions are looked up by the attention mask."""
+    torch.manual_seed(1)
+    model = opt().eval()
+    name = "model.decoder.embed_positions"
+    plan = plan_bits(model, tokens=text, progress=False)
+    assert plan.embeddings == {"model.decoder.embed_tokens"}
+    assert plan.left == {name: f"{name} is a OPTLearnedPositionalEmbedding that packed planes cannot stand for"}
+    original = copy.deepcopy(model)
+    report = quantize_model(model, calibration=text, target_ratio=1.8, progress=False)
+    assert report.reasons[f"{name}.weight"].startswith("a OPTLearnedPositionalEmbedding; ")
+    assert torch.equal(model.get_parameter(f"{name}.weight"), original.get_parameter(f"{name}.weight"))
+    assert distance(original, model) < 0.05
+
+
+@pytest.mark.parametrize("text", [None, tokens()])
+@pytest.mark.parametrize("pattern", ["lm_head", "model.embed_tokens", "*embed*"])
+def test_a_tied_embedding_may_be_left_out_of_a_budget(pattern, text) -> None:
+    torch.manual_seed(1)
+    model = tiny_llama(**SMALL).eval()
+    weight = model.lm_head.weight
+    report = quantize_model(model, skip=[pattern], calibration=text, target_ratio=2.0, progress=False)
+    assert report.ratio >= 2.0
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight
+    assert not report.config.embeddings
 
 
 def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,17 +21,19 @@ from . import sensitivity
 from .allocation import Allocation, Unit, allocate, steps
 from .calibration import LOOKUP_SHARE, input_groups
 from .config import TurboQuantConfig
+from .embedding import TurboQuantEmbedding, check_embedding, check_forward
 from .errors import ConfigError, QuantizationError
 from .experts import dense_stacks, find_stacks, weight_rows
 from .feedback import feedback_gain, rotated_moments
 from .linear import is_linear
 from .model import HEAD, plan_layers
+from .reference import quantize_weight
 from .stream import BlockStream
-from .tying import tied_heads
+from .tying import tied_heads, tied_modules
 
 # Windows and their length for the sensitivities: 3,072 tokens.
 SAMPLES, SAMPLE_LENGTH = 12, 256
-_PROBE_TOKENS = 8
+_PROBE_TOKENS, _PROBE_ROWS = 8, 256
 _SEED = 0
 # Windows of the calibration text that tell how much feedback will help each layer, if there are as many: four times as many
 # tokens as the widest layer has inputs, but at least 8,192.
@@ -52,8 +55,8 @@ class BitPlan:
     """What a budget can buy for a model.
 
     ``units`` can be quantized; ``other_bytes`` are the rest of the file; ``parameters``: all of the model's, tied ones once;
-    ``tied``: heads on the planes of an embedding; ``measured`` says whether a text was read, ``calibrated`` for which way of
-    rounding the expectations are.
+    ``tied``: heads on the planes of an embedding; ``left``: embeddings that stay as they are, and why; ``measured`` says
+    whether a text was read, ``calibrated`` for which way of rounding the expectations are.
     """
 
     units: tuple[Unit, ...]
@@ -62,6 +65,7 @@ class BitPlan:
     embeddings: frozenset[str]
     skipped: tuple[str, ...]
     tied: Mapping[str, str]
+    left: Mapping[str, str]
     measured: bool
     calibrated: bool
 
@@ -139,8 +143,8 @@ def plan_bits(
     Args:
         model: A causal language model of Transformers with dense weights.
         config: Its ``skip`` is used if ``skip`` is None.
-        skip: Glob patterns of linear layers that stay as they are. None: only what must not be quantized (exotic classes);
-            output heads and embeddings take part.
+        skip: Glob patterns of linear layers and embeddings that stay as they are, and with an embedding what is tied to it.
+            None: only what must not be quantized (exotic classes); output heads and embeddings take part.
         tokens: A text, int64 [s, l]; the first 12 windows of 256 tokens are read. None: random tokens.
         calibrated: Whether rounding will be calibrated; None: if there is a text.
         device: Where to compute, None: where the model is.
@@ -151,10 +155,12 @@ def plan_bits(
     config = config or TurboQuantConfig()
     calibrated = tokens is not None if calibrated is None else calibrated
     patterns = config.skip if skip is None else skip
-    embeddings = _embeddings(model)
+    embeddings, left = _embeddings(model, config, patterns or ())
     heads = tied_heads(model, embeddings)
     found, _ = find_stacks(model, config)
-    targets, skipped = plan_layers(model, patterns, tied=heads, stacks=found)
+    # Without patterns, what is tied to an embedding is skipped unless it is told to be on its planes.
+    with_tied = patterns if patterns is None or isinstance(patterns, str) else [*patterns, *tied_heads(model, left)]
+    targets, skipped = plan_layers(model, with_tied, tied=heads, stacks=found)
     if patterns is None:  # a budget is for the whole file: an output head of its own takes part
         targets += [name for name, reason in skipped.items() if reason == HEAD]
         skipped = {name: reason for name, reason in skipped.items() if reason != HEAD}
@@ -182,10 +188,7 @@ def plan_bits(
     groups += [[name] for name in linears if name not in reached]
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
     clusters = [names for group in groups for names in _alike(group, values, linears)]
-    if calibrated:
-        gains = {name: gains.get(name, _CALIBRATED_LINEAR) for name in linears}
-    else:
-        gains = dict.fromkeys(linears, 1.0)
+    gains = {name: gains.get(name, _CALIBRATED_LINEAR) if calibrated else 1.0 for name in linears}
     units = [_unit(names, linears, values, gains, apart=calibrated) for names in _united(clusters, linears)]
     for name, embedding in embeddings.items():
         gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
@@ -200,6 +203,7 @@ def plan_bits(
         frozenset(embeddings),
         tuple(name for name in skipped if name in found or (is_linear(model.get_submodule(name)) and name not in heads)),
         heads,
+        left,
         measured,
         calibrated,
     )
@@ -245,13 +249,51 @@ def _row_sensitivities(
     return {name: crossed if head is not None else crossed * (values[name] / crossed.sum())}
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Embeddings by the first of their names, of those that share a weight the first."""
+def _embeddings(
+    model: nn.Module, config: TurboQuantConfig, patterns: Sequence[str]
+) -> tuple[dict[str, nn.Embedding], dict[str, str]]:
+    """Embeddings by the first of their names, of those that share a weight the first; and those that stay dense, and why."""
     found: dict[int, tuple[str, nn.Embedding]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             found.setdefault(id(module.weight), (name, module))
-    return dict(found.values())
+    left = {name: reason for name, _ in found.values() if (reason := _obstacle(model, name, config, patterns))}
+    return {name: module for name, module in found.values() if name not in left}, left
+
+
+def _obstacle(model: nn.Module, name: str, config: TurboQuantConfig, patterns: Sequence[str]) -> str | None:
+    """Why the embedding ``name``, and whatever shares its weight, cannot be quantized or is not to be."""
+    for other in tied_modules(model, [name]):
+        pattern = next((pattern for pattern in patterns if fnmatch.fnmatchcase(other, pattern)), None)
+        if pattern is not None:
+            return f"{other} matches skip pattern {pattern!r}"
+        module = model.get_submodule(other)
+        if isinstance(module, nn.Embedding):
+            try:
+                check_embedding(module, other)
+                _check_lookups(module, other, config.with_bits(2, 0))
+            except QuantizationError:
+                return f"{other} is a {type(module).__name__} that packed planes cannot stand for"
+        elif type(module) is not nn.Linear:
+            return f"shares its weight with {other}, a {type(module).__name__}, which cannot read packed planes"
+    return None
+
+
+def _check_lookups(embedding: nn.Embedding, name: str, config: TurboQuantConfig) -> None:
+    """What quantizing an embedding of a class of its own would find out, before minutes pass: :func:`check_forward`.
+
+    Raises:
+        QuantizationError: its class computes something that packed planes do not follow.
+    """
+    if type(embedding) is nn.Embedding:
+        return
+    rows, columns = embedding.weight.shape
+    # Rounding all rows would take long, and what they hold does not matter.
+    values = torch.randn(min(rows, _PROBE_ROWS), columns, generator=torch.Generator().manual_seed(_SEED))
+    few = quantize_weight(values, bits=config.bits, group_size=config.group_size, seed=config.seed, name=name).weight
+    repeated = torch.arange(rows) % len(values)
+    planes = few.map(lambda plane: plane[repeated].to(embedding.weight.device))
+    check_forward(TurboQuantEmbedding.from_packed(planes, embedding, config), name)
 
 
 def _random_tokens(model: nn.Module) -> Tensor:

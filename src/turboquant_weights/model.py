@@ -19,7 +19,7 @@ from .experts import TurboQuantExperts, changed, find_stacks, replace_parameter
 from .graded import GradedEmbedding
 from .linear import TurboQuantLinear, dense_weight, is_linear
 from .planes import PackedPlanes
-from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads
+from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
 
 # Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
 _DENSE_BYTES = 2
@@ -164,6 +164,7 @@ def plan_layers(
     layer_bits: Mapping[str, tuple[int, int]] | None = None,
     tied: Collection[str] = (),
     stacks: Collection[str] = (),
+    embeddings: Collection[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Which linear layers and expert stacks to quantize, and which not and why. Needs no weights: works on the meta device.
 
@@ -171,10 +172,11 @@ def plan_layers(
     that share their weight with another kind of module (tied embeddings), because quantizing those would untie them. A
     module that occurs under several names is planned once, under the first. ``tied``: layers that get the planes of a
     quantized embedding; they are neither to quantize nor skipped. ``stacks``: names of expert stacks, which come last.
+    ``embeddings``: the quantized ones; a pattern of ``skip`` may name any other, which changes nothing without a budget.
 
     Raises:
-        ConfigError: a pattern of ``skip`` matches no layer or a tied one, or one of ``layer_bits`` none that is
-            quantized for itself.
+        ConfigError: a pattern of ``skip`` matches nothing, a tied layer or a quantized embedding only, or one of
+            ``layer_bits`` no layer that is quantized for itself.
     """
     if isinstance(skip, str):
         raise ConfigError(f"skip is {skip!r}: it must be a list of glob patterns such as ['lm_head']")
@@ -187,7 +189,14 @@ def plan_layers(
                 del skipped[name]
     for pattern in skip or ():
         matches = [name for name in (*linears, *stacks) if fnmatch.fnmatchcase(name, pattern)]
-        if not matches:
+        named = [] if matches else _embeddings_like(model, pattern)
+        quantized = tied_modules(model, embeddings) if named else {}
+        for name in named:
+            if name in quantized:
+                raise ConfigError(
+                    f"skip pattern {pattern!r} matches {name}, which embeddings quantizes: remove one of the two"
+                )
+        if not matches and not named:
             some = ", ".join([*list(linears)[:3], *list(stacks)[:1]]) or "none at all"
             raise ConfigError(
                 f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like {some}"
@@ -213,6 +222,14 @@ def plan_layers(
             "use TurboQuantLinear.from_linear(model, config)"
         )
     return targets, {name: skipped[name] for name in (*linears, *stacks) if name in skipped}
+
+
+def _embeddings_like(model: nn.Module, pattern: str) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and fnmatch.fnmatchcase(name, pattern)
+    ]
 
 
 def _check_bits_pattern(model: nn.Module, pattern: str, targets: list[str], skipped: dict[str, str]) -> None:
@@ -281,8 +298,10 @@ def dense_reasons(model: nn.Module, names: Collection[str], stacks: Mapping[str,
         owner = model.get_submodule(name.rpartition(".")[0])
         if name in stacks:
             reasons[name] = stacks[name]
-        elif isinstance(owner, nn.Embedding):
+        elif type(owner) is nn.Embedding:
             reasons[name] = "an embedding; name it in embeddings to quantize it"
+        elif isinstance(owner, nn.Embedding):
+            reasons[name] = f"a {type(owner).__name__}; name it in embeddings to quantize it, if its class allows that"
         else:
             reasons[name] = f"in a {type(owner).__name__}, which is no linear layer"
     return reasons
@@ -338,7 +357,7 @@ def plan_job(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = Fal
         refuse_grades(embeddings)
     tied = tied_heads(model, embeddings)
     found, left = find_stacks(model, config)
-    layers, skipped = plan_layers(model, config.skip, config.layer_bits, tied, found)
+    layers, skipped = plan_layers(model, config.skip, config.layer_bits, tied, found, embeddings)
     if not layers and not embeddings:
         raise QuantizationError(nothing_to_quantize(model, skipped, left))
     stacks = {name: found[name] for name in layers if name in found}
@@ -360,8 +379,8 @@ def _check_shared(model: nn.Module, config: TurboQuantConfig, targets: Sequence[
         wanted, found = config.for_layer(other), config.for_layer(name)
         if wanted != found:
             raise ConfigError(
-                f"{other} and {name} share one weight, but layer_bits gives them {wanted.label} and {found.label} bits: give "
-                "both the same, or quantize with calibration=..., which stores them apart"
+                f"{other} and {name} share one weight, but layer_bits gives them {wanted.label} and {found.label} bits: "
+                "give both the same, or quantize with calibration=..., which stores them apart"
             )
 
 
