@@ -56,6 +56,20 @@ def test_report_counts_every_byte(tied):
     assert json.loads(json.dumps(report.to_dict()))["ratio"] == report.ratio
 
 
+def test_what_stays_dense_counts_as_it_is_stored():
+    """A float32 model is compared with bf16, but its norms, biases and buffers are saved in float32."""
+    model = stack()
+    model.register_buffer("table", torch.zeros(50))
+    model.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    model.register_buffer("temporary", torch.zeros(999), persistent=False)
+    parameters = sum(p.numel() for p in model.parameters())
+    report = quantize_model(model, skip=["3"], progress=False)
+    assert report.total_bytes == sum(t.nbytes for t in model.state_dict().values())
+    assert report.dense_bytes == 2 * (parameters + 50) + 3 * 8
+    assert report.other_bytes == 4 * (40 * 5 + 5 + 50) + 3 * 8
+    assert report.skipped_bytes == 4 * (40 * 5 + 5)
+
+
 def test_reported_error_is_that_of_the_weights():
     model = stack()
     before = [model[i].weight.detach().double() for i in (0, 2, 3)]
@@ -152,7 +166,7 @@ def test_layers_with_one_weight_share_their_planes():
     report = quantize_model(model, progress=False)
     assert model[0].codes is model[1].codes
     assert model[0].bias is not model[1].bias
-    assert report.layers[1].bytes == 48 * 2
+    assert report.layers[1].bytes == 48 * 4  # the bias as it is, in float32
     assert report.dense_bytes == (32 * 48 + 48 + 48) * 2
 
 
@@ -211,7 +225,7 @@ def test_an_embedding_and_what_is_tied_to_it_become_one_set_of_planes():
     assert [(layer.name, layer.kind) for layer in report.layers] == [("embedding", "embedding"), ("body", "linear")]
     assert model.embedding.codes is model.again.codes is model.out.codes
     assert report.dense_bytes == dense
-    assert report.total_bytes == sum(p.numel() * (2 if p.is_floating_point() else 1) for p in model.parameters())
+    assert report.total_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert (model(ids) - expected).norm() < 0.03 * expected.norm()
     assert plan_embeddings(Tied(), TurboQuantConfig()) == {}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .errors import ConfigError, QuantizationError
 from .experts import dense_stacks, find_stacks, weight_rows
 from .feedback import feedback_gain, rotated_moments
 from .linear import is_linear
-from .model import HEAD, plan_layers
+from .model import HEAD, bf16_bytes, persistent_buffers, plan_layers
 from .reference import quantize_weight
 from .stream import BlockStream
 from .tying import tied_heads, tied_modules
@@ -45,7 +45,6 @@ _CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.40, 0.90
 # Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they
 # stay alike, so that they can run as one matrix (gate and up, q and k).
 _ALIKE = 4.0
-_DENSE_BYTES = 2
 # Of a tensor's entry in a safetensors header, without its name, and what else lies in the file.
 _ENTRY_BYTES, _FILE_BYTES = 80, 1024
 
@@ -54,13 +53,15 @@ _ENTRY_BYTES, _FILE_BYTES = 80, 1024
 class BitPlan:
     """What a budget can buy for a model.
 
-    ``units`` can be quantized; ``other_bytes`` are the rest of the file; ``parameters``: all of the model's, tied ones once;
-    ``tied``: heads on the planes of an embedding; ``left``: embeddings that stay as they are, and why; ``measured`` says
-    whether a text was read, ``calibrated`` for which way of rounding the expectations are.
+    ``units`` can be quantized; ``other_bytes`` are the rest of the file, in the dtypes that the model has, because that is
+    how it is stored; ``dense_bytes`` are the whole file in bf16, the yardstick whatever the dtypes; ``parameters``: all of
+    the model's, tied ones once; ``tied``: heads on the planes of an embedding; ``left``: embeddings that stay as they are,
+    and why; ``measured`` says whether a text was read, ``calibrated`` for which way of rounding the expectations are.
     """
 
     units: tuple[Unit, ...]
     other_bytes: int
+    dense_bytes: int
     parameters: int
     embeddings: frozenset[str]
     skipped: tuple[str, ...]
@@ -68,11 +69,6 @@ class BitPlan:
     left: Mapping[str, str]
     measured: bool
     calibrated: bool
-
-    @property
-    def dense_bytes(self) -> int:
-        """The whole file in bf16."""
-        return sum(unit.bytes(None) for unit in self.units) + self.other_bytes
 
     def allocate(
         self, *, target_ratio: float | None = None, target_bits: float | None = None, max_kl: float | None = None
@@ -89,13 +85,13 @@ class BitPlan:
         """
         name, value = one_budget({"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl})
         if name == "max_kl":
-            return allocate(self.units, self.other_bytes, max_kl=value)
+            return allocate(self.units, self.other_bytes, self.dense_bytes, max_kl=value)
         limit = self.dense_bytes / value if name == "target_ratio" else self.parameters * value / 8
-        return allocate(self.units, self.other_bytes, max_bytes=limit)
+        return allocate(self.units, self.other_bytes, self.dense_bytes, max_bytes=limit)
 
     def curve(self) -> list[Allocation]:
-        """Every allocation worth making, from 2 bits everywhere to bf16."""
-        return steps(self.units, self.other_bytes)
+        """Every allocation worth making, from 2 bits everywhere to the model as it is."""
+        return steps(self.units, self.other_bytes, self.dense_bytes)
 
     def config(self, allocation: Allocation, base: TurboQuantConfig) -> TurboQuantConfig:
         """``base`` with the bits of ``allocation``."""
@@ -189,16 +185,18 @@ def plan_bits(
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
     clusters = [names for group in groups for names in _alike(group, values, linears)]
     gains = {name: gains.get(name, _CALIBRATED_LINEAR) if calibrated else 1.0 for name in linears}
-    units = [_unit(names, linears, values, gains, apart=calibrated) for names in _united(clusters, linears)]
+    kept = _kept(model, [*linears, *tied_modules(model, embeddings)], stacks)
+    units = [_unit(names, linears, values, gains, kept, apart=calibrated) for names in _united(clusters, linears)]
     for name, embedding in embeddings.items():
         gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
-        unit = _unit([name], embeddings, values, {name: gain}, apart=False)
+        unit = _unit([name], embeddings, values, {name: gain}, kept, apart=False)
         if name in rows:
             unit = dataclasses.replace(unit, sensitivity=float(rows[name].sum()), rows=tuple(rows[name].tolist()))
         units.append(unit)
     return BitPlan(
         tuple(units),
-        _other_bytes(model, units),
+        sum(tensor.nbytes for tensor in kept.values()) + _header_bytes(model, units),
+        sum(map(bf16_bytes, _kept(model).values())) + _header_bytes(model, units),
         sum(parameter.numel() for parameter in model.parameters()),
         frozenset(embeddings),
         tuple(name for name in skipped if name in found or (is_linear(model.get_submodule(name)) and name not in heads)),
@@ -332,10 +330,12 @@ def _unit(
     modules: Mapping[str, Any],
     values: Mapping[str, float],
     gains: Mapping[str, float],
+    kept: Mapping[int, Tensor],
     *,
     apart: bool,
 ) -> Unit:
-    """``apart``: whether modules that share a weight will have planes of their own, as calibrated layers do."""
+    """``kept``: what the file holds anyway, :func:`_kept`; ``apart``: whether modules that share a weight will have planes
+    of their own, as calibrated layers do."""
     users = collections.Counter(id(modules[name].weight) for name in names)
     weights = {}
     shapes = []
@@ -346,14 +346,29 @@ def _unit(
         sensitivity += gains[name] * values[name] / users[id(module.weight)]  # the value is that of all its uses
         if apart or id(module.weight) not in weights:
             shapes.append((weight.shape[0], weight.shape[1]))
-        weights[id(module.weight)] = weight.numel() * _DENSE_BYTES
+        weights[id(module.weight)] = 0 if id(module.weight) in kept else weight.nbytes
     return Unit(tuple(names), tuple(shapes), sensitivity, dense=sum(weights.values()))
 
 
-def _other_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
-    """Everything in the file but the weights of the units: the other parameters in bf16, and what describes each tensor."""
-    total = sum(parameter.numel() for parameter in model.parameters()) * _DENSE_BYTES
+def _kept(model: nn.Module, planned: Iterable[str] = (), stacks: Collection[str] = ()) -> dict[int, Tensor]:
+    """Parameters and persistent buffers by identity, without the weights of the modules ``planned`` (those in ``stacks`` are
+    parameters) unless another module has them, too."""
+    names = list(planned)
+    weights = {id(model.get_parameter(name)) for name in names if name in stacks}
+    modules = {id(model.get_submodule(name)) for name in names if name not in stacks}
+    kept: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            leaves = id(parameter) in weights or (id(module) in modules and key == "weight")
+            if parameter is not None and not leaves:
+                kept[id(parameter)] = parameter
+    return kept | {id(buffer): buffer for buffer in persistent_buffers(model)}
+
+
+def _header_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
+    """What describes each tensor in the file."""
     planes = {name for unit in units for name in unit.names}
-    entries = sum(len(name) + _ENTRY_BYTES for name, _ in model.named_parameters())
+    stored = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    entries = sum(len(name) + _ENTRY_BYTES for name in stored.values())
     entries += sum(3 * (len(name) + len(".exponents") + _ENTRY_BYTES) for name in planes)
-    return total - sum(unit.bytes(None) for unit in units) + entries + _FILE_BYTES
+    return entries + _FILE_BYTES
