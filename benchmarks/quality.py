@@ -135,7 +135,8 @@ def _bits(setting: str) -> dict[str, object]:
 def quantize_ours(reference: nn.Module, config: dict[str, object], arguments: dict[str, object], seed: int) -> Result:
     model = copy.deepcopy(reference)
     report = quantize_model(model, TurboQuantConfig(seed=seed, **config), progress=False, **arguments)
-    return Result(model, report.bits_per_weight, report.total_bytes, report.error)
+    size = report.total_bytes - report.other_bytes + report.other_dense_bytes  # float32 is for measuring: bf16 is stored
+    return Result(model, report.bits_per_weight, size, report.error)
 
 
 def quantize_peer(reference: nn.Module, build: Callable[[nn.Module, Tensor], Peer], calibration: Tensor) -> Result:

@@ -9,6 +9,8 @@ import random
 import pytest
 import torch
 from tiny_model import tiny_llama
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from turboquant_weights import ConfigError, TurboQuantConfig, plan_bits, reference
 from turboquant_weights.allocation import ERRORS, Unit, allocate, steps
@@ -77,6 +79,14 @@ def test_more_sensitive_units_get_more_bits() -> None:
     assert totals[0] < totals[2]
 
 
+def test_nothing_is_better_than_dense_and_larger() -> None:
+    """Three layers on one weight that would have planes of their own: 4+4 three times is more than the weight once."""
+    one = Unit(("a", "b", "c"), ((64, 128),) * 3, 1.0, dense=64 * 128 * 2)
+    hull = one.hull()
+    assert [bits for _, _, bits in hull] == [(2, 0), (3, 0), (4, 0), None]
+    assert allocate([one], 0, max_bytes=1e9).bits == dict.fromkeys("abc")
+
+
 def test_errors_are_those_of_the_quantizer() -> None:
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(5))
     for (bits, residual_bits), error in ERRORS.items():
@@ -92,7 +102,7 @@ def test_sensitivities_predict_the_kl_divergence_of_noise() -> None:
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
     embeddings = {"model.embed_tokens": model.model.embed_tokens}
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with BlockStream(model, tokens, torch.device("cpu")) as stream:
+    with BlockStream(model, tokens, torch.device("cpu"), windows=1) as stream:
         values = measure(stream, linears, embeddings, progress=False)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -147,6 +157,77 @@ def test_sensitivities_are_reproducible() -> None:
     layers = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
     found = []
     for part in (tokens, tokens.clone()):
-        with BlockStream(model, part, torch.device("cpu")) as stream:
+        with BlockStream(model, part, torch.device("cpu"), windows=1) as stream:
             found.append(measure(stream, layers, {}, progress=False))
     assert found[0] == found[1]
+
+
+def test_budgets_for_a_bias_that_belongs_to_heads_and_windows_at_once() -> None:
+    """BLOOM's alibi is [windows * heads, 1, l]: cutting recorded arguments by their first dimension cannot be right."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4))
+    tokens = torch.randint(0, 97, (12, 64), generator=torch.Generator().manual_seed(1))
+    plan = plan_bits(model, tokens=tokens, progress=False)
+    assert all(unit.sensitivity > 0 for unit in plan.units)
+
+
+def test_a_bias_per_head_is_not_cut_where_there_are_as_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPT's bias is [heads, 1, l]. The same window again and again says the same, however often."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(-1, keepdim=True))  # no chance
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, initializer_range=0.3)).eval()
+    window = torch.randint(0, 97, (1, 24), generator=torch.Generator().manual_seed(1))
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and n != "lm_head"}
+    found = []
+    for count in (3, 4):
+        with BlockStream(model, window.expand(count, -1), torch.device("cpu"), windows=1) as stream:
+            found.append(measure(stream, linears, {}, progress=False))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+class Positions(nn.Module):
+    """An MLP that has an embedding of its own."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.positions = mlp, nn.Embedding(24, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x + self.positions(torch.arange(x.shape[1])))
+
+
+def test_an_embedding_inside_a_block_is_measured_like_its_layers() -> None:
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2).eval()
+    model.model.layers[1].mlp = Positions(model.model.layers[1].mlp)
+    tokens = torch.randint(0, 97, (24, 24))
+    name = "model.layers.1.mlp.positions"
+    with BlockStream(model, tokens, torch.device("cpu"), windows=1) as stream:
+        values = measure(stream, {}, {name: model.get_submodule(name)}, progress=False)
+    measured = []
+    for _ in range(6):
+        noisy = copy.deepcopy(model)
+        weight = noisy.get_submodule(name).weight
+        weight.data += 0.003**0.5 * weight.detach().square().mean(1, keepdim=True).sqrt() * torch.randn_like(weight)
+        with torch.no_grad():
+            wanted, found = (m(input_ids=tokens).logits.flatten(0, 1) for m in (model, noisy))
+        measured.append(float(kl_divergence(wanted, found).mean()))
+    assert 0.003 * values[name] == pytest.approx(sum(measured) / len(measured), rel=0.25)
+    unit = next(
+        unit for unit in plan_bits(model, tokens=tokens, calibrated=False, progress=False).units if name in unit.names
+    )
+    assert unit.sensitivity > 0
+
+
+def test_layers_that_share_a_weight_have_one_sensitivity_that_of_all_uses() -> None:
+    """One layer under two names in one block, one label: the gradient is the sum, and it is not counted twice."""
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2).eval()
+    mlps = [layer.mlp for layer in model.model.layers]
+    mlps[0].up_proj.weight = mlps[0].gate_proj.weight = mlps[1].gate_proj.weight
+    tokens = torch.randint(0, 97, (4, 24))
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate_proj"]
+    values = []
+    for used in (names, names[1:2]):
+        with BlockStream(model, tokens, torch.device("cpu"), windows=1) as stream:
+            values.append(measure(stream, {name: model.get_submodule(name) for name in used}, {}, progress=False))
+    assert values[0] == dict.fromkeys(names, values[1][names[1]])

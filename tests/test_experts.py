@@ -324,7 +324,7 @@ def test_layouts_can_be_told():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "m": module_with((3, 8, 8))["m"]})
     report = quantize_model(copy.deepcopy(model), progress=False)
     assert "experts={'m.p0': 'out_in'}, or 'in_out'" in report.reasons["m.p0"]
-    assert report.dense == {"m.p0": 2 * 3 * 64}
+    assert report.dense == {"m.p0": 4 * 3 * 64}
     assert "left as it was: m.p0" in str(report)
     report = quantize_model(model, TurboQuantConfig(experts={"*.p0": "in_out"}), progress=False)
     assert report.config.experts == {"m.p0": "in_out"}
@@ -344,7 +344,7 @@ def test_patterns_reach_stacks():
     report = quantize_model(model, config, skip=["*.up"], progress=False)
     assert {row.name: row.label for row in report.layers} == {"first": "4+2", "experts.down": "3+1"}
     assert report.skipped == {"experts.up": "matches skip pattern '*.up'"}
-    assert report.skipped_bytes == report.other_bytes == 2 * E * 2 * N * K
+    assert report.skipped_bytes == report.other_bytes == 4 * E * 2 * N * K
     assert report.dense == {}
     assert report.config.skip == ("experts.up",)
     assert "skipped layers" in str(report)
@@ -363,7 +363,7 @@ def test_stacks_that_cannot_be_cut_are_named_with_their_bytes():
     report = quantize_model(model, progress=False)
     assert "only float32, float16 and bfloat16" in report.reasons["experts.up"]
     assert report.reasons["experts.down"] == "2 modules share this stack"
-    assert report.dense["experts.down"] == 2 * E * N * K
+    assert report.dense["experts.down"] == 4 * E * N * K
     assert report.config.experts is None
     with pytest.raises(QuantizationError, match=r"no linear layer to quantize.*experts\.up: experts in torch.float8"):
         quantize_model(nn.ModuleDict({"experts": model.experts, "other": model.other}), progress=False)

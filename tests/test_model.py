@@ -56,6 +56,20 @@ def test_report_counts_every_byte(tied):
     assert json.loads(json.dumps(report.to_dict()))["ratio"] == report.ratio
 
 
+def test_what_stays_dense_counts_as_it_is_stored():
+    """A float32 model is compared with bf16, but its norms, biases and buffers are saved in float32."""
+    model = stack()
+    model.register_buffer("table", torch.zeros(50))
+    model.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    model.register_buffer("temporary", torch.zeros(999), persistent=False)
+    parameters = sum(p.numel() for p in model.parameters())
+    report = quantize_model(model, skip=["3"], progress=False)
+    assert report.total_bytes == sum(t.nbytes for t in model.state_dict().values())
+    assert report.dense_bytes == 2 * (parameters + 50) + 3 * 8
+    assert report.other_bytes == 4 * (40 * 5 + 5 + 50) + 3 * 8
+    assert report.skipped_bytes == 4 * (40 * 5 + 5)
+
+
 def test_reported_error_is_that_of_the_weights():
     model = stack()
     before = [model[i].weight.detach().double() for i in (0, 2, 3)]
@@ -152,8 +166,27 @@ def test_layers_with_one_weight_share_their_planes():
     report = quantize_model(model, progress=False)
     assert model[0].codes is model[1].codes
     assert model[0].bias is not model[1].bias
-    assert report.layers[1].bytes == 48 * 2
+    assert report.layers[1].bytes == 48 * 4  # the bias as it is, in float32
     assert report.dense_bytes == (32 * 48 + 48 + 48) * 2
+
+
+def test_layers_with_one_weight_need_the_same_bits():
+    def build():
+        model = nn.ModuleDict({name: nn.Linear(32, 48) for name in "abc"})
+        model["b"].weight = model["a"].weight
+        return model
+
+    model = build()
+    config = TurboQuantConfig(layer_bits={"a": (4, 2), "b": (4, 0)})
+    with pytest.raises(ConfigError, match=r"a and b share one weight, but layer_bits gives them 4\+2 and 4 bits: give both"):
+        quantize_model(model, config, progress=False)
+    assert quantized_names(model) == []
+    with pytest.raises(ConfigError, match="a and b share one weight"):  # b: what bits say
+        quantize_model(model, TurboQuantConfig(layer_bits={"a": (4, 2)}), progress=False)
+    quantize_model(model, TurboQuantConfig(layer_bits={"[ab]": (4, 2)}), progress=False)
+    assert model["a"].codes is model["b"].codes
+    assert torch.equal(model["a"].dequantize(), model["b"].dequantize())
+    assert torch.isfinite(model["b"](torch.randn(2, 32))).all()
 
 
 def test_a_weight_shared_with_an_embedding_is_skipped_without_transformers_help():
@@ -192,7 +225,7 @@ def test_an_embedding_and_what_is_tied_to_it_become_one_set_of_planes():
     assert [(layer.name, layer.kind) for layer in report.layers] == [("embedding", "embedding"), ("body", "linear")]
     assert model.embedding.codes is model.again.codes is model.out.codes
     assert report.dense_bytes == dense
-    assert report.total_bytes == sum(p.numel() * (2 if p.is_floating_point() else 1) for p in model.parameters())
+    assert report.total_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert (model(ids) - expected).norm() < 0.03 * expected.norm()
     assert plan_embeddings(Tied(), TurboQuantConfig()) == {}
 
@@ -204,6 +237,16 @@ def test_a_tied_head_may_be_left_out_of_skip_only():
     assert len(report.layers) == 1
     with pytest.raises(ConfigError, match="'out' matches out, which shares its weight"):
         quantize_model(Tied(), TurboQuantConfig(embeddings={"*": (4, 2)}, skip=("out",)), progress=False)
+
+
+def test_skip_may_name_an_embedding_that_stays_as_it_is():
+    model = Tied()
+    report = quantize_model(model, skip=["again", "out"], progress=False)
+    assert [layer.name for layer in report.layers] == ["body"]
+    assert type(model.again) is nn.Embedding
+    for pattern, name in (("emb*", "embedding"), ("again", "again")):
+        with pytest.raises(ConfigError, match=f"matches {name}, which embeddings quantizes: remove one of the two"):
+            quantize_model(Tied(), TurboQuantConfig(embeddings={"emb*": (4, 2)}, skip=(pattern,)), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
@@ -28,11 +30,13 @@ from turboquant_weights import (
     TurboQuantEmbedding,
     TurboQuantLinear,
     load,
+    plan_bits,
     quantize_model,
     save,
 )
 from turboquant_weights.calibration import Calibrator
 from turboquant_weights.evaluation import resident_bytes
+from turboquant_weights.modules import save_module
 from turboquant_weights.resume import BlockStore, fingerprint
 
 SMALL = dict(
@@ -145,6 +149,88 @@ def test_bits_and_kl_budgets() -> None:
         with pytest.raises(ConfigError, match=message):
             quantize_model(model, progress=False, **budget)
     assert not any(isinstance(module, TurboQuantLinear) for module in model.modules()), "nothing was replaced"
+
+
+@pytest.mark.parametrize("text", [None, tokens()])
+def test_layers_that_share_a_weight_in_a_budget(text, tmp_path: Path) -> None:
+    """One unit, in which every set of planes counts: one without calibration, one per layer with it."""
+    torch.manual_seed(1)
+    model = tiny_llama(vocab_size=131, hidden_size=128, intermediate_size=256, initializer_range=0.1)
+    gates = [layer.mlp.gate_proj for layer in model.model.layers]
+    gates[1].weight = gates[0].weight
+    names = [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
+    plan = plan_bits(model, tokens=text, progress=False)
+    (unit,) = [unit for unit in plan.units if set(names) & set(unit.names)]
+    assert set(names) <= set(unit.names)
+    assert len(unit.shapes) == len(unit.names) - (text is None)
+    assert unit.sensitivity > 0
+    assert plan.dense_bytes == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.05)
+    report = quantize_model(model, calibration=text, target_ratio=3.0, progress=False)
+    a, b = (model.get_submodule(name) for name in names)
+    assert isinstance(a, TurboQuantLinear)
+    assert isinstance(b, TurboQuantLinear)
+    assert (a.label, a.codes is b.codes) == (b.label, text is None)
+    assert report.ratio >= 3.0
+    assert torch.isfinite(model(input_ids=tokens()[:2]).logits).all()
+    save_module(model, tmp_path / "out", False)  # Transformers refuses what shares memory and is not declared to
+    allocation = plan.allocate(target_ratio=3.0)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(allocation.total_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_budget_of_a_float32_model_counts_what_stays_dense_in_float32(tied, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sizes = {**SMALL, "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 256}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
+    model.register_buffer("table", torch.zeros(1000))
+    parameters = sum(p.numel() for p in model.parameters())
+    allocation = plan_bits(model, progress=False).allocate(target_ratio=1.3)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    report = quantize_model(model, target_ratio=1.3, progress=False)
+    save(model, tmp_path / "out")
+    size, dense = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "dense"))
+    assert dense / size >= 1.3
+    assert report.ratio >= 1.3
+    # Of both, all but the headers.
+    assert report.dense_bytes == 2 * (parameters + 1000)
+    headers = allocation.total_bytes - report.total_bytes
+    assert headers == allocation.dense_bytes - report.dense_bytes
+    assert 0 < headers < 16000
+
+
+def opt() -> nn.Module:
+    config = OPTConfig(vocab_size=131, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4)
+    config.word_embed_proj_dim, config.max_position_embeddings = 64, 300
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("text", [None, tokens()])
+def test_an_embedding_that_cannot_be_quantized_stays_dense_in_a_budget(text) -> None:
+    """OPT's positions are looked up by the attention mask."""
+    torch.manual_seed(1)
+    model = opt().eval()
+    name = "model.decoder.embed_positions"
+    plan = plan_bits(model, tokens=text, progress=False)
+    assert plan.embeddings == {"model.decoder.embed_tokens"}
+    assert plan.left == {name: f"{name} is a OPTLearnedPositionalEmbedding that packed planes cannot stand for"}
+    original = copy.deepcopy(model)
+    report = quantize_model(model, calibration=text, target_ratio=1.4, progress=False)
+    assert report.reasons[f"{name}.weight"].startswith("a OPTLearnedPositionalEmbedding; ")
+    assert torch.equal(model.get_parameter(f"{name}.weight"), original.get_parameter(f"{name}.weight"))
+    assert distance(original, model) < 0.05
+
+
+@pytest.mark.parametrize("text", [None, tokens()])
+@pytest.mark.parametrize("pattern", ["lm_head", "model.embed_tokens", "*embed*"])
+def test_a_tied_embedding_may_be_left_out_of_a_budget(pattern, text) -> None:
+    torch.manual_seed(1)
+    model = tiny_llama(**SMALL).eval()
+    weight = model.lm_head.weight
+    report = quantize_model(model, skip=[pattern], calibration=text, target_ratio=2.0, progress=False)
+    assert report.ratio >= 2.0
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight
+    assert not report.config.embeddings
 
 
 def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

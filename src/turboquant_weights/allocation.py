@@ -29,7 +29,7 @@ ERRORS: dict[Bits, float] = {
     (4, 3): 0.000086232,
     (4, 4): 0.000021999,
 }
-_DENSE_BYTES = 2  # bf16
+_DENSE_BYTES = 2  # of a weight in bf16
 _ORDER_BYTES = 4  # per row of a graded embedding
 # Grades that an embedding may have at once (each is a product of its own in a tied head), where one may end, and how many
 # compromises between bytes and loss are tried for them.
@@ -43,24 +43,26 @@ _COMPROMISES = 64
 class Unit:
     """Layers that get the same bits.
 
-    ``names`` of the modules; ``shapes`` their (rows, columns), a weight shared by several once; ``sensitivity``: nats of KL
-    divergence per unit of relative squared error, all layers together. ``rows``: of an embedding that may be graded, that of
-    each row, in the order in which they would be graded.
+    ``names`` of the modules; ``shapes``: (rows, columns) of the planes that they will have, those that several share once;
+    ``sensitivity``: nats of KL divergence per unit of relative squared error, all layers together. ``rows``: of an embedding
+    that may be graded, that of each row, in the order in which they would be graded. ``dense``: bytes of the weights as they
+    are, one that several share once; None: bf16, nothing shared.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     sensitivity: float
     rows: tuple[float, ...] = ()
+    dense: int | None = None
 
     @property
     def weights(self) -> int:
         return sum(rows * columns for rows, columns in self.shapes)
 
     def bytes(self, bits: EmbeddingBits | None) -> int:
-        """Stored bytes of the weights; None: bf16."""
+        """Stored bytes of the weights; None: as they are."""
         if bits is None:
-            return self.weights * _DENSE_BYTES
+            return self.weights * _DENSE_BYTES if self.dense is None else self.dense
         if is_graded(bits):
             ((rows, columns),) = self.shapes
             return sum(packed_bytes(count, columns, *own) for count, *own in bits) + _ORDER_BYTES * rows  # type: ignore[misc]
@@ -84,7 +86,8 @@ class Unit:
         points = sorted(((self.bytes(bits), self.kl(bits), bits) for bits in choices), key=lambda point: point[:2])
         hull: list[Point] = []
         for point in points:
-            if hull and point[0] <= hull[-1][0]:  # bf16 beside 4+4 of a tiny layer
+            # As it is beside 4+4 of a tiny layer; or beyond that, where layers will not share planes as they share a weight.
+            if hull and (point[0] <= hull[-1][0] or hull[-1][2] is None):
                 continue
             while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], point):
                 hull.pop()
@@ -135,7 +138,8 @@ def _gain(cheap: tuple[int, float, object], dear: tuple[int, float, object]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """``bits`` of every module in the units (None: stays bf16), and what to expect of them."""
+    """``bits`` of every module in the units (None: stays as it is), and what to expect of them: ``total_bytes`` of the whole
+    file, which had ``dense_bytes`` in bf16."""
 
     bits: dict[str, EmbeddingBits | None]
     total_bytes: int
@@ -148,28 +152,35 @@ class Allocation:
         return self.dense_bytes / self.total_bytes
 
 
-def steps(units: Sequence[Unit], other_bytes: int) -> list[Allocation]:
-    """All allocations on the way from the smallest model to bf16, by ascending bytes: the curve of size against loss."""
+def steps(units: Sequence[Unit], other_bytes: int, dense_bytes: int | None = None) -> list[Allocation]:
+    """All allocations on the way from the smallest model to the dense one, by ascending bytes: the curve of size against
+    loss. Arguments as of :func:`allocate`."""
     hulls = [unit.hull() for unit in units]
     choice = [0] * len(units)
     order = sorted(
         ((-_gain(hull[i], hull[i + 1]), u, i + 1) for u, hull in enumerate(hulls) for i in range(len(hull) - 1)),
     )
-    out = [_allocation(units, hulls, choice, other_bytes)]
+    out = [_allocation(units, hulls, choice, other_bytes, dense_bytes)]
     for _, unit, step in order:
         choice[unit] = step
-        out.append(_allocation(units, hulls, choice, other_bytes))
+        out.append(_allocation(units, hulls, choice, other_bytes, dense_bytes))
     return out
 
 
 def allocate(
-    units: Sequence[Unit], other_bytes: int, *, max_bytes: float | None = None, max_kl: float | None = None
+    units: Sequence[Unit],
+    other_bytes: int,
+    dense_bytes: int | None = None,
+    *,
+    max_bytes: float | None = None,
+    max_kl: float | None = None,
 ) -> Allocation:
     """The allocation of least expected KL within ``max_bytes``, or of least bytes within ``max_kl``.
 
     Args:
         units: Everything that can be quantized.
         other_bytes: Of the rest of the file: norms, biases, headers.
+        dense_bytes: Of the whole file in bf16, which its size is compared with. None: as everything is.
 
     Raises:
         ConfigError: not even 2 bits everywhere fit; the message says what is possible.
@@ -179,7 +190,7 @@ def allocate(
     order = sorted(
         ((-_gain(hull[i], hull[i + 1]), u, i + 1) for u, hull in enumerate(hulls) for i in range(len(hull) - 1)),
     )
-    current = _allocation(units, hulls, choice, other_bytes)
+    current = _allocation(units, hulls, choice, other_bytes, dense_bytes)
     if max_bytes is not None and current.total_bytes > max_bytes:
         raise ConfigError(
             f"the budget is {max_bytes:,.0f} bytes for the whole file, but 2 bits everywhere take {current.total_bytes:,}: "
@@ -197,7 +208,7 @@ def allocate(
         choice[unit] = step
         total += more
         kl += after[1] - before[1]
-    return _allocation(units, hulls, choice, other_bytes)
+    return _allocation(units, hulls, choice, other_bytes, dense_bytes)
 
 
 def _allocation(
@@ -205,11 +216,12 @@ def _allocation(
     hulls: Sequence[list[Point]],
     choice: Sequence[int],
     other_bytes: int,
+    dense_bytes: int | None,
 ) -> Allocation:
     chosen = [hull[i] for hull, i in zip(hulls, choice, strict=True)]
     return Allocation(
         {name: bits for unit, (_, _, bits) in zip(units, chosen, strict=True) for name in unit.names},
         sum(point[0] for point in chosen) + other_bytes,
-        sum(unit.bytes(None) for unit in units) + other_bytes,
+        sum(unit.bytes(None) for unit in units) + other_bytes if dense_bytes is None else dense_bytes,
         sum(point[1] for point in chosen),
     )

@@ -8,8 +8,10 @@ read from the second moments of their inputs, in one more pass over some of the 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +21,19 @@ from . import sensitivity
 from .allocation import Allocation, Unit, allocate, steps
 from .calibration import LOOKUP_SHARE, input_groups
 from .config import TurboQuantConfig
+from .embedding import TurboQuantEmbedding, check_embedding, check_forward
 from .errors import ConfigError, QuantizationError
 from .experts import dense_stacks, find_stacks, weight_rows
 from .feedback import feedback_gain, rotated_moments
 from .linear import is_linear
-from .model import HEAD, plan_layers
+from .model import HEAD, bf16_bytes, persistent_buffers, plan_layers
+from .reference import quantize_weight
 from .stream import BlockStream
-from .tying import tied_heads
+from .tying import tied_heads, tied_modules
 
 # Windows and their length for the sensitivities: 3,072 tokens.
 SAMPLES, SAMPLE_LENGTH = 12, 256
-_PROBE_TOKENS = 8
+_PROBE_TOKENS, _PROBE_ROWS = 8, 256
 _SEED = 0
 # Windows of the calibration text that tell how much feedback will help each layer, if there are as many: four times as many
 # tokens as the widest layer has inputs, but at least 8,192.
@@ -41,7 +45,6 @@ _CALIBRATED_LINEAR, _CALIBRATED_TIED = 0.40, 0.90
 # Layers with one input whose sensitivities per weight differ by less than this want the same bits to within one: they
 # stay alike, so that they can run as one matrix (gate and up, q and k).
 _ALIKE = 4.0
-_DENSE_BYTES = 2
 # Of a tensor's entry in a safetensors header, without its name, and what else lies in the file.
 _ENTRY_BYTES, _FILE_BYTES = 80, 1024
 
@@ -50,24 +53,22 @@ _ENTRY_BYTES, _FILE_BYTES = 80, 1024
 class BitPlan:
     """What a budget can buy for a model.
 
-    ``units`` can be quantized; ``other_bytes`` are the rest of the file; ``parameters``: all of the model's, tied ones once;
-    ``tied``: heads on the planes of an embedding; ``measured`` says whether a text was read, ``calibrated`` for which way of
-    rounding the expectations are.
+    ``units`` can be quantized; ``other_bytes`` are the rest of the file, in the dtypes that the model has, because that is
+    how it is stored; ``dense_bytes`` are the whole file in bf16, the yardstick whatever the dtypes; ``parameters``: all of
+    the model's, tied ones once; ``tied``: heads on the planes of an embedding; ``left``: embeddings that stay as they are,
+    and why; ``measured`` says whether a text was read, ``calibrated`` for which way of rounding the expectations are.
     """
 
     units: tuple[Unit, ...]
     other_bytes: int
+    dense_bytes: int
     parameters: int
     embeddings: frozenset[str]
     skipped: tuple[str, ...]
     tied: Mapping[str, str]
+    left: Mapping[str, str]
     measured: bool
     calibrated: bool
-
-    @property
-    def dense_bytes(self) -> int:
-        """The whole file in bf16."""
-        return sum(unit.bytes(None) for unit in self.units) + self.other_bytes
 
     def allocate(
         self, *, target_ratio: float | None = None, target_bits: float | None = None, max_kl: float | None = None
@@ -84,13 +85,13 @@ class BitPlan:
         """
         name, value = one_budget({"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl})
         if name == "max_kl":
-            return allocate(self.units, self.other_bytes, max_kl=value)
+            return allocate(self.units, self.other_bytes, self.dense_bytes, max_kl=value)
         limit = self.dense_bytes / value if name == "target_ratio" else self.parameters * value / 8
-        return allocate(self.units, self.other_bytes, max_bytes=limit)
+        return allocate(self.units, self.other_bytes, self.dense_bytes, max_bytes=limit)
 
     def curve(self) -> list[Allocation]:
-        """Every allocation worth making, from 2 bits everywhere to bf16."""
-        return steps(self.units, self.other_bytes)
+        """Every allocation worth making, from 2 bits everywhere to the model as it is."""
+        return steps(self.units, self.other_bytes, self.dense_bytes)
 
     def config(self, allocation: Allocation, base: TurboQuantConfig) -> TurboQuantConfig:
         """``base`` with the bits of ``allocation``."""
@@ -138,8 +139,8 @@ def plan_bits(
     Args:
         model: A causal language model of Transformers with dense weights.
         config: Its ``skip`` is used if ``skip`` is None.
-        skip: Glob patterns of linear layers that stay as they are. None: only what must not be quantized (exotic classes);
-            output heads and embeddings take part.
+        skip: Glob patterns of linear layers and embeddings that stay as they are, and with an embedding what is tied to it.
+            None: only what must not be quantized (exotic classes); output heads and embeddings take part.
         tokens: A text, int64 [s, l]; the first 12 windows of 256 tokens are read. None: random tokens.
         calibrated: Whether rounding will be calibrated; None: if there is a text.
         device: Where to compute, None: where the model is.
@@ -150,10 +151,12 @@ def plan_bits(
     config = config or TurboQuantConfig()
     calibrated = tokens is not None if calibrated is None else calibrated
     patterns = config.skip if skip is None else skip
-    embeddings = _embeddings(model)
+    embeddings, left = _embeddings(model, config, patterns or ())
     heads = tied_heads(model, embeddings)
     found, _ = find_stacks(model, config)
-    targets, skipped = plan_layers(model, patterns, tied=heads, stacks=found)
+    # Without patterns, what is tied to an embedding is skipped unless it is told to be on its planes.
+    with_tied = patterns if patterns is None or isinstance(patterns, str) else [*patterns, *tied_heads(model, left)]
+    targets, skipped = plan_layers(model, with_tied, tied=heads, stacks=found)
     if patterns is None:  # a budget is for the whole file: an output head of its own takes part
         targets += [name for name, reason in skipped.items() if reason == HEAD]
         skipped = {name: reason for name, reason in skipped.items() if reason != HEAD}
@@ -165,7 +168,7 @@ def plan_bits(
     where = torch.device(device) if device is not None else next(model.parameters()).device
     with dense_stacks(model, stacks):
         linears = {name: model.get_submodule(name) for name in targets}
-        with BlockStream(model, tokens, where) as stream:
+        with BlockStream(model, tokens, where, windows=1) as stream:
             values = sensitivity.measure(stream, linears, embeddings, progress=progress)
         probe = tokens[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
         groups = input_groups(linears, lambda: model(input_ids=probe, use_cache=False))
@@ -180,25 +183,25 @@ def plan_bits(
     reached = {name for group in groups for name in group}
     groups += [[name] for name in linears if name not in reached]
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
-    units: list[Unit] = []
-    known: set[int] = set()
-    for group in groups:
-        for names in _alike(group, values, linears):
-            gain = gains.get(names[0], _CALIBRATED_LINEAR) if calibrated else 1.0
-            units.append(_unit(names, linears, values, gain, known))
+    clusters = [names for group in groups for names in _alike(group, values, linears)]
+    gains = {name: gains.get(name, _CALIBRATED_LINEAR) if calibrated else 1.0 for name in linears}
+    kept = _kept(model, [*linears, *tied_modules(model, embeddings)], stacks)
+    units = [_unit(names, linears, values, gains, kept, apart=calibrated) for names in _united(clusters, linears)]
     for name, embedding in embeddings.items():
         gain = _CALIBRATED_TIED if calibrated and id(embedding.weight) in tied else 1.0
-        unit = _unit([name], embeddings, values, gain, known)
-        if name in rows and unit.shapes:
+        unit = _unit([name], embeddings, values, {name: gain}, kept, apart=False)
+        if name in rows:
             unit = dataclasses.replace(unit, sensitivity=float(rows[name].sum()), rows=tuple(rows[name].tolist()))
         units.append(unit)
     return BitPlan(
         tuple(units),
-        _other_bytes(model, units),
+        sum(tensor.nbytes for tensor in kept.values()) + _header_bytes(model, units),
+        sum(map(bf16_bytes, _kept(model).values())) + _header_bytes(model, units),
         sum(parameter.numel() for parameter in model.parameters()),
         frozenset(embeddings),
         tuple(name for name in skipped if name in found or (is_linear(model.get_submodule(name)) and name not in heads)),
         heads,
+        left,
         measured,
         calibrated,
     )
@@ -244,13 +247,51 @@ def _row_sensitivities(
     return {name: crossed if head is not None else crossed * (values[name] / crossed.sum())}
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Embeddings by the first of their names, of those that share a weight the first."""
+def _embeddings(
+    model: nn.Module, config: TurboQuantConfig, patterns: Sequence[str]
+) -> tuple[dict[str, nn.Embedding], dict[str, str]]:
+    """Embeddings by the first of their names, of those that share a weight the first; and those that stay dense, and why."""
     found: dict[int, tuple[str, nn.Embedding]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             found.setdefault(id(module.weight), (name, module))
-    return dict(found.values())
+    left = {name: reason for name, _ in found.values() if (reason := _obstacle(model, name, config, patterns))}
+    return {name: module for name, module in found.values() if name not in left}, left
+
+
+def _obstacle(model: nn.Module, name: str, config: TurboQuantConfig, patterns: Sequence[str]) -> str | None:
+    """Why the embedding ``name``, and whatever shares its weight, cannot be quantized or is not to be."""
+    for other in tied_modules(model, [name]):
+        pattern = next((pattern for pattern in patterns if fnmatch.fnmatchcase(other, pattern)), None)
+        if pattern is not None:
+            return f"{other} matches skip pattern {pattern!r}"
+        module = model.get_submodule(other)
+        if isinstance(module, nn.Embedding):
+            try:
+                check_embedding(module, other)
+                _check_lookups(module, other, config.with_bits(2, 0))
+            except QuantizationError:
+                return f"{other} is a {type(module).__name__} that packed planes cannot stand for"
+        elif type(module) is not nn.Linear:
+            return f"shares its weight with {other}, a {type(module).__name__}, which cannot read packed planes"
+    return None
+
+
+def _check_lookups(embedding: nn.Embedding, name: str, config: TurboQuantConfig) -> None:
+    """What quantizing an embedding of a class of its own would find out, before minutes pass: :func:`check_forward`.
+
+    Raises:
+        QuantizationError: its class computes something that packed planes do not follow.
+    """
+    if type(embedding) is nn.Embedding:
+        return
+    rows, columns = embedding.weight.shape
+    # Rounding all rows would take long, and what they hold does not matter.
+    values = torch.randn(min(rows, _PROBE_ROWS), columns, generator=torch.Generator().manual_seed(_SEED))
+    few = quantize_weight(values, bits=config.bits, group_size=config.group_size, seed=config.seed, name=name).weight
+    repeated = torch.arange(rows) % len(values)
+    planes = few.map(lambda plane: plane[repeated].to(embedding.weight.device))
+    check_forward(TurboQuantEmbedding.from_packed(planes, embedding, config), name)
 
 
 def _random_tokens(model: nn.Module) -> Tensor:
@@ -274,24 +315,60 @@ def _alike(group: Sequence[str], values: Mapping[str, float], linears: Mapping[s
     return [[name for name in group if name in cluster] for cluster in clusters]
 
 
+def _united(clusters: Sequence[list[str]], linears: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Joins clusters whose layers share a weight: without calibration they share its planes, too."""
+    joined: dict[int, list[str]] = {}  # weight -> the cluster that it is in
+    for names in clusters:
+        known = {id(other): other for name in names if (other := joined.get(id(linears[name].weight)))}
+        all_names = [name for other in known.values() for name in other] + names
+        joined.update({id(linears[name].weight): all_names for name in all_names})
+    return list({id(names): names for names in joined.values()}.values())
+
+
 def _unit(
-    names: Sequence[str], modules: Mapping[str, Any], values: Mapping[str, float], gain: float, known: set[int]
+    names: Sequence[str],
+    modules: Mapping[str, Any],
+    values: Mapping[str, float],
+    gains: Mapping[str, float],
+    kept: Mapping[int, Tensor],
+    *,
+    apart: bool,
 ) -> Unit:
+    """``kept``: what the file holds anyway, :func:`_kept`; ``apart``: whether modules that share a weight will have planes
+    of their own, as calibrated layers do."""
+    users = collections.Counter(id(modules[name].weight) for name in names)
+    weights = {}
     shapes = []
+    sensitivity = 0.0
     for name in names:
         module = modules[name]
         weight = module.weight if isinstance(module, nn.Embedding) else weight_rows(module, name)
-        if id(module.weight) not in known:  # layers may share one weight
-            known.add(id(module.weight))
+        sensitivity += gains[name] * values[name] / users[id(module.weight)]  # the value is that of all its uses
+        if apart or id(module.weight) not in weights:
             shapes.append((weight.shape[0], weight.shape[1]))
-    return Unit(tuple(names), tuple(shapes), gain * sum(values[name] for name in names))
+        weights[id(module.weight)] = 0 if id(module.weight) in kept else weight.nbytes
+    return Unit(tuple(names), tuple(shapes), sensitivity, dense=sum(weights.values()))
 
 
-def _other_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
-    """Everything in the file but the weights of the units: the other parameters in bf16, and what describes each tensor."""
-    weights = sum(unit.weights for unit in units)
-    total = sum(parameter.numel() for parameter in model.parameters())
+def _kept(model: nn.Module, planned: Iterable[str] = (), stacks: Collection[str] = ()) -> dict[int, Tensor]:
+    """Parameters and persistent buffers by identity, without the weights of the modules ``planned`` (those in ``stacks`` are
+    parameters) unless another module has them, too."""
+    names = list(planned)
+    weights = {id(model.get_parameter(name)) for name in names if name in stacks}
+    modules = {id(model.get_submodule(name)) for name in names if name not in stacks}
+    kept: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            leaves = id(parameter) in weights or (id(module) in modules and key == "weight")
+            if parameter is not None and not leaves:
+                kept[id(parameter)] = parameter
+    return kept | {id(buffer): buffer for buffer in persistent_buffers(model)}
+
+
+def _header_bytes(model: nn.Module, units: Sequence[Unit]) -> int:
+    """What describes each tensor in the file."""
     planes = {name for unit in units for name in unit.names}
-    entries = sum(len(name) + _ENTRY_BYTES for name, _ in model.named_parameters())
+    stored = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    entries = sum(len(name) + _ENTRY_BYTES for name in stored.values())
     entries += sum(3 * (len(name) + len(".exponents") + _ENTRY_BYTES) for name in planes)
-    return (total - weights) * _DENSE_BYTES + entries + _FILE_BYTES
+    return entries + _FILE_BYTES

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import reference
@@ -19,18 +19,19 @@ from .experts import TurboQuantExperts, changed, find_stacks, replace_parameter
 from .graded import GradedEmbedding
 from .linear import TurboQuantLinear, dense_weight, is_linear
 from .planes import PackedPlanes
-from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads
+from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
 
-# Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in.
+# Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in. What stays
+# dense is counted in the dtype that it has, because that is how it is saved.
 _DENSE_BYTES = 2
 HEAD = "output head; quantize it with skip=[], or by its name in layer_bits"
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. ``error`` is ``||W - W'||^2 / ||W||^2``; ``bytes`` count planes, scales, exponents and bias;
-    ``dense_bytes`` are the same layer's in bf16. Of an embedding ``out_features`` is the number of rows; of an expert stack
-    both sizes are those of one of the ``experts``."""
+    """One quantized layer. ``error`` is ``||W - W'||^2 / ||W||^2``; ``bytes`` are those of planes, scales, exponents, bias
+    as stored, ``dense_bytes`` the same layer's in bf16. Of an embedding ``out_features`` is the number of rows; of an expert
+    stack both sizes are those of one of the ``experts``."""
 
     name: str
     label: str
@@ -59,9 +60,10 @@ class QuantizationReport:
 
     ``layers`` in model order, embeddings first; ``tied`` maps each output head that runs on the planes of a quantized
     embedding to that embedding; ``skipped`` maps each linear layer and expert stack left alone to the reason; ``dense`` maps
-    every other parameter of two or more dimensions that stays dense (embeddings, convolutions, routers) to its bf16 bytes,
-    ``reasons`` the same names to why; ``other_bytes`` are the bf16 bytes of every parameter outside the quantized layers,
-    each tied tensor once, ``skipped_bytes`` those of the skipped layers among them;
+    every other parameter of two or more dimensions that stays dense (embeddings, convolutions, routers) to its bytes,
+    ``reasons`` the same names to why; ``other_bytes`` are those of every parameter outside the quantized layers and of what
+    else a file holds (persistent buffers), each tied tensor once and in its own dtype, ``other_dense_bytes`` the same in
+    bf16, ``skipped_bytes`` those of the skipped layers among them;
     ``expected_kl`` is what a budget's allocation expects, nats per token; ``uncalibrated`` are layers that the
     calibration text did not reach, so that they were rounded without data.
     """
@@ -71,6 +73,7 @@ class QuantizationReport:
     skipped: dict[str, str]
     dense: dict[str, int]
     other_bytes: int
+    other_dense_bytes: int
     seconds: float
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
     expected_kl: float | None = None
@@ -80,17 +83,18 @@ class QuantizationReport:
 
     @property
     def total_bytes(self) -> int:
-        """The whole model: quantized layers as stored, the rest in bf16."""
+        """The whole model as a file holds it, without the file's header: quantized layers packed, the rest in the dtypes
+        that it has. A budget counts the same, and the header."""
         return sum(layer.bytes for layer in self.layers) + self.other_bytes
 
     @property
     def dense_bytes(self) -> int:
-        """The whole model in bf16."""
-        return sum(layer.dense_bytes for layer in self.layers) + self.other_bytes
+        """The whole model in bf16, whatever its dtypes."""
+        return sum(layer.dense_bytes for layer in self.layers) + self.other_dense_bytes
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the whole model is than in bf16."""
+        """How many times smaller the whole model, as stored, is than in bf16: below 1 is possible in float32."""
         return self.dense_bytes / self.total_bytes
 
     @property
@@ -112,6 +116,7 @@ class QuantizationReport:
             "dense": self.dense,
             "reasons": self.reasons,
             "other_bytes": self.other_bytes,
+            "other_dense_bytes": self.other_dense_bytes,
             "skipped_bytes": self.skipped_bytes,
             "tied": self.tied,
             "total_bytes": self.total_bytes,
@@ -164,6 +169,7 @@ def plan_layers(
     layer_bits: Mapping[str, tuple[int, int]] | None = None,
     tied: Collection[str] = (),
     stacks: Collection[str] = (),
+    embeddings: Collection[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Which linear layers and expert stacks to quantize, and which not and why. Needs no weights: works on the meta device.
 
@@ -171,10 +177,11 @@ def plan_layers(
     that share their weight with another kind of module (tied embeddings), because quantizing those would untie them. A
     module that occurs under several names is planned once, under the first. ``tied``: layers that get the planes of a
     quantized embedding; they are neither to quantize nor skipped. ``stacks``: names of expert stacks, which come last.
+    ``embeddings``: the quantized ones; a pattern of ``skip`` may name any other, which changes nothing without a budget.
 
     Raises:
-        ConfigError: a pattern of ``skip`` matches no layer or a tied one, or one of ``layer_bits`` none that is
-            quantized for itself.
+        ConfigError: a pattern of ``skip`` matches nothing, a tied layer or a quantized embedding only, or one of
+            ``layer_bits`` no layer that is quantized for itself.
     """
     if isinstance(skip, str):
         raise ConfigError(f"skip is {skip!r}: it must be a list of glob patterns such as ['lm_head']")
@@ -187,7 +194,14 @@ def plan_layers(
                 del skipped[name]
     for pattern in skip or ():
         matches = [name for name in (*linears, *stacks) if fnmatch.fnmatchcase(name, pattern)]
-        if not matches:
+        named = [] if matches else _embeddings_like(model, pattern)
+        quantized = tied_modules(model, embeddings) if named else {}
+        for name in named:
+            if name in quantized:
+                raise ConfigError(
+                    f"skip pattern {pattern!r} matches {name}, which embeddings quantizes: remove one of the two"
+                )
+        if not matches and not named:
             some = ", ".join([*list(linears)[:3], *list(stacks)[:1]]) or "none at all"
             raise ConfigError(
                 f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}: layers are named like {some}"
@@ -213,6 +227,14 @@ def plan_layers(
             "use TurboQuantLinear.from_linear(model, config)"
         )
     return targets, {name: skipped[name] for name in (*linears, *stacks) if name in skipped}
+
+
+def _embeddings_like(model: nn.Module, pattern: str) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and fnmatch.fnmatchcase(name, pattern)
+    ]
 
 
 def _check_bits_pattern(model: nn.Module, pattern: str, targets: list[str], skipped: dict[str, str]) -> None:
@@ -257,7 +279,7 @@ def adapted_layer(model: nn.Module) -> str | None:
 
 
 def dense_parameters(model: nn.Module, skipped: Collection[str] = ()) -> dict[str, int]:
-    """Name -> bf16 bytes of the parameters with two or more dimensions that are in no linear layer and not quantized.
+    """Name -> bytes of the parameters with two or more dimensions that are in no linear layer and not quantized.
 
     ``skipped``: layers that have been reported already; expert stacks among them are left out.
     """
@@ -268,10 +290,26 @@ def dense_parameters(model: nn.Module, skipped: Collection[str] = ()) -> dict[st
         for parameter in module.parameters(recurse=False)
     }
     return {
-        name: parameter.numel() * _DENSE_BYTES
+        name: parameter.nbytes
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in linear and name not in skipped
     }
+
+
+def bf16_bytes(tensor: Tensor) -> int:
+    """Of the tensor if the model were in bf16."""
+    return tensor.numel() * _DENSE_BYTES if tensor.is_floating_point() else tensor.nbytes
+
+
+def persistent_buffers(model: nn.Module) -> list[Tensor]:
+    """Those that a file holds, each once."""
+    found = {
+        id(buffer): buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return list(found.values())
 
 
 def dense_reasons(model: nn.Module, names: Collection[str], stacks: Mapping[str, str]) -> dict[str, str]:
@@ -281,8 +319,10 @@ def dense_reasons(model: nn.Module, names: Collection[str], stacks: Mapping[str,
         owner = model.get_submodule(name.rpartition(".")[0])
         if name in stacks:
             reasons[name] = stacks[name]
-        elif isinstance(owner, nn.Embedding):
+        elif type(owner) is nn.Embedding:
             reasons[name] = "an embedding; name it in embeddings to quantize it"
+        elif isinstance(owner, nn.Embedding):
+            reasons[name] = f"a {type(owner).__name__}; name it in embeddings to quantize it, if its class allows that"
         else:
             reasons[name] = f"in a {type(owner).__name__}, which is no linear layer"
     return reasons
@@ -338,16 +378,31 @@ def plan_job(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = Fal
         refuse_grades(embeddings)
     tied = tied_heads(model, embeddings)
     found, left = find_stacks(model, config)
-    layers, skipped = plan_layers(model, config.skip, config.layer_bits, tied, found)
+    layers, skipped = plan_layers(model, config.skip, config.layer_bits, tied, found, embeddings)
     if not layers and not embeddings:
         raise QuantizationError(nothing_to_quantize(model, skipped, left))
     stacks = {name: found[name] for name in layers if name in found}
     targets = [name for name in layers if name not in stacks]
     kept = (name for name in skipped if name in found or is_linear(model.get_submodule(name)))
     config = config.exact(layers, kept, embeddings, stacks)
+    if not has_text:
+        _check_shared(model, config, targets)
     own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
     grades = {name: own_grades for name in embeddings if (own_grades := config.grades(name)) is not None}
     return Job(model, config, targets, skipped, own, grades, tied, stacks, left)
+
+
+def _check_shared(model: nn.Module, config: TurboQuantConfig, targets: Sequence[str]) -> None:
+    """Raises a ConfigError if layers that share one weight, and so will share its planes, get different bits."""
+    first: dict[int, str] = {}
+    for name in targets:
+        other = first.setdefault(id(model.get_submodule(name).weight), name)
+        wanted, found = config.for_layer(other), config.for_layer(name)
+        if wanted != found:
+            raise ConfigError(
+                f"{other} and {name} share one weight, but layer_bits gives them {wanted.label} and {found.label} bits: "
+                "give both the same, or quantize with calibration=..., which stores them apart"
+            )
 
 
 def refuse_grades(embeddings: Mapping[str, EmbeddingBits]) -> dict[str, tuple[int, int]]:
@@ -428,10 +483,10 @@ def summarize(job: Job, layers: list[LayerReport], seconds: float, **notes: Any)
     """The report on a quantized model, which may be on the meta device."""
     model = job.model
     counted = {id(p) for layer in layers for p in model.get_submodule(layer.name).parameters()}
-    other = sum(p.numel() for p in model.parameters() if id(p) not in counted) * _DENSE_BYTES
+    other = [p for p in model.parameters() if id(p) not in counted] + persistent_buffers(model)
     dense = dense_parameters(model, job.skipped)
     reasons = dense_reasons(model, dense, job.left)
-    kept = {id(p): p.numel() * _DENSE_BYTES for name in job.skipped for p in _parameters(model, name)}
+    kept = {id(p): p.nbytes for name in job.skipped for p in _parameters(model, name)}
     for name in dense:
         kept.pop(id(model.get_parameter(name)), None)  # a head tied to an embedding
     return QuantizationReport(
@@ -439,7 +494,8 @@ def summarize(job: Job, layers: list[LayerReport], seconds: float, **notes: Any)
         layers,
         job.skipped,
         dense,
-        other,
+        sum(tensor.nbytes for tensor in other),
+        sum(map(bf16_bytes, other)),
         seconds,
         job.tied,
         reasons=reasons,
@@ -491,7 +547,8 @@ def embedding_report(name: str, new: TurboQuantEmbedding | GradedEmbedding, seco
 
 def linear_report(name: str, layer: TurboQuantLinear, tied: bool, seconds: float) -> LayerReport:
     """Of a layer that is in place; ``tied``: its planes are counted elsewhere."""
-    bias = 0 if layer.bias is None else layer.bias.numel() * _DENSE_BYTES
+    bias = 0 if layer.bias is None else layer.bias.nbytes
+    dense_bias = 0 if layer.bias is None else bf16_bytes(layer.bias)
     planes = 0 if tied else layer.packed.nbytes
     dense = 0 if tied else layer.out_features * layer.in_features * _DENSE_BYTES
     assert layer.quantization_error is not None
@@ -502,6 +559,6 @@ def linear_report(name: str, layer: TurboQuantLinear, tied: bool, seconds: float
         in_features=layer.in_features,
         error=layer.quantization_error,
         bytes=planes + bias,
-        dense_bytes=dense + bias,
+        dense_bytes=dense + dense_bias,
         seconds=seconds,
     )

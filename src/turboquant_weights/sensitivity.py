@@ -19,9 +19,10 @@ that a model needs memory for one block and its gradients.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,25 +67,32 @@ def measure(
     """Sensitivity of each linear layer and embedding, from the windows of ``stream``, whose hidden states are not changed.
 
     Args:
-        stream: Open, in front of the first block; a few thousand tokens are enough. linears, embeddings: By name; the former
-        may be dense stacks of experts, too.
-        Layers outside the blocks count with what the tail's gradient says; those that the text does not
-            reach get 0. Tied weights get one gradient, the sum of both uses, under the name of either.
+        stream: Open, in front of the first block, with one window per batch; a few thousand tokens are enough.
+        linears, embeddings: By name; the former may be dense stacks of experts, too.
+
+    Layers outside the blocks count with what the tail's gradient says; those that the text does not reach get 0. Modules
+    that share one weight have one value, which is that of all its uses; uses in different blocks count as independent.
     """
+    modules = {**linears, **embeddings}
+    first: dict[int, str] = {}  # of the names of one weight
+    for name, module in modules.items():
+        first.setdefault(id(module.weight), name)
+    measured = {name: modules[name] for name in first.values()}
+    fisher = Fisher({name: _matrix(module) for name, module in measured.items()})
     inside = {id(module) for block in stream.blocks for module in block.modules()}
-    outside = {name: module for name, module in {**linears, **embeddings}.items() if id(module) not in inside}
-    fisher = Fisher({name: _matrix(module) for name, module in {**linears, **embeddings}.items()})
+    rest = {id(p) for module in stream.model.modules() if id(module) not in inside for p in module._parameters.values()}
+    outside = {name: module for name, module in measured.items() if id(module.weight) in rest}
     names: list[dict[str, nn.Module]] = []
     for block in stream.blocks:
-        members = {id(module) for module in block.modules()}
-        names.append({name: module for name, module in linears.items() if id(module) in members})
+        held = {id(parameter) for parameter in block.parameters()}
+        names.append({name: module for name, module in measured.items() if id(module.weight) in held})
     generator = torch.Generator(device=stream.device).manual_seed(_SEED)
-    windows = [(batch, i) for batch in stream.batches for i in range(batch.tokens.shape[0])]
+    assert all(len(batch.tokens) == 1 for batch in stream.batches)
     with _frozen(stream.model):
-        for batch, i in tqdm(windows, desc="measuring sensitivities", unit="window", disable=not progress):
-            window = Batch(batch.tokens[i : i + 1], batch.hidden[i : i + 1], _one(batch.calls, batch.tokens.shape[0], i))
-            _backward(stream, window, names, outside, fisher, generator)
-    return fisher.sensitivities()
+        for batch in tqdm(stream.batches, desc="measuring sensitivities", unit="window", disable=not progress):
+            _backward(stream, dataclasses.replace(batch), names, outside, fisher, generator)
+    values = fisher.sensitivities()
+    return {name: values[first[id(module.weight)]] for name, module in modules.items()}
 
 
 @torch.no_grad()
@@ -278,21 +286,6 @@ def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, DenseExperts):
         return module.rows(weight)
     return weight.T if is_conv1d(module) else weight
-
-
-def _one(calls: list[Any], samples: int, i: int) -> list[Any]:
-    """The calls of one sample of a batch: what has one entry per sample is cut, the rest is shared."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[i : i + 1] if value.dim() > 1 and value.shape[0] == samples and samples > 1 else value
-        if type(value) in (tuple, list):
-            return type(value)(cut(item) for item in value)
-        if type(value) is dict:
-            return {key: cut(item) for key, item in value.items()}
-        return value
-
-    return [cut(call) for call in calls]
 
 
 @contextlib.contextmanager

@@ -69,11 +69,16 @@ class BlockStream:
     While the stream is open, everything outside the blocks lies on ``device``, and the block inside :meth:`block` does;
     the rest stays where it was. :meth:`close` puts everything back. Use it as a context manager.
 
+    Args:
+        model: A decoder. tokens: int64 [s, l]. device: Where to compute.
+        windows: Rows of ``tokens`` in a batch. None: enough to keep matrix products busy. What a block is called with
+            belongs to its batch as a whole: of a tensor [s * heads, 1, l] only the model knows what is whose.
+
     Raises:
         QuantizationError: the model has no blocks, cannot be run on tokens, or its blocks pass on more than hidden states.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device, *, windows: int | None = None) -> None:
         self.model = model
         self.device = device
         self.name, self.blocks = find_blocks(model)
@@ -87,9 +92,10 @@ class BlockStream:
         try:
             self._check(tokens[:1, :_CHECKED_TOKENS])
             self._move_outside(device)
-            size = max(1, (_CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS) // tokens.shape[1])
+            if windows is None:
+                windows = max(1, (_CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS) // tokens.shape[1])
             with torch.no_grad():
-                for part in tokens.split(size):
+                for part in tokens.split(windows):
                     self.batches.append(self._record(part.to(device)))
         except BaseException:
             self.close()

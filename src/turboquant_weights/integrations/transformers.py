@@ -308,7 +308,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self._planned = walker.refuse_grades(plan_embeddings(model, config))
         heads = tied_heads(model, self._planned)
         stacks, self._left = find_stacks(model, config)
-        targets, skipped = walker.plan_layers(model, config.skip, config.layer_bits, heads, stacks)
+        targets, skipped = walker.plan_layers(model, config.skip, config.layer_bits, heads, stacks, self._planned)
         if not targets and not self._planned:
             raise QuantizationError(walker.nothing_to_quantize(model, skipped, self._left))
         self.stacks = {name: stacks[name] for name in targets if name in stacks}
