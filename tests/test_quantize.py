@@ -165,7 +165,10 @@ def test_layers_that_share_a_weight_in_a_budget(text, tmp_path: Path) -> None:
     assert len(unit.shapes) == len(unit.names) - (text is None)
     assert unit.sensitivity > 0
     assert plan.dense_bytes == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.05)
+    dense = 2 * sum(p.numel() for p in model.parameters())
     report = quantize_model(model, calibration=text, target_ratio=3.0, progress=False)
+    assert report.dense_bytes == dense
+    assert plan.dense_bytes - dense == plan.allocate(target_ratio=3.0).total_bytes - report.total_bytes  # the header
     a, b = (model.get_submodule(name) for name in names)
     assert isinstance(a, TurboQuantLinear)
     assert isinstance(b, TurboQuantLinear)

@@ -333,7 +333,7 @@ class Job:
     """What is to be done to a model: :func:`prepare` has checked that it can be. ``config`` is that of the checkpoint;
     ``targets``: linear layers; ``stacks``: expert stacks and their layouts; ``embeddings``: names and settings, ``grades``:
     the same of those that are graded; ``tied``: heads that get an embedding's planes; ``left``: parameters that might be
-    stacks, and why they are not quantized."""
+    stacks, and why they are not quantized; ``twins``: linear layers that had the weight of an earlier one, and its name."""
 
     model: nn.Module
     config: TurboQuantConfig
@@ -344,6 +344,7 @@ class Job:
     tied: dict[str, str]
     stacks: dict[str, str]
     left: dict[str, str]
+    twins: dict[str, str]
 
 
 def prepare(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = False) -> Job:
@@ -385,18 +386,24 @@ def plan_job(model: nn.Module, config: TurboQuantConfig, *, has_text: bool = Fal
     targets = [name for name in layers if name not in stacks]
     kept = (name for name in skipped if name in found or is_linear(model.get_submodule(name)))
     config = config.exact(layers, kept, embeddings, stacks)
+    twins = _twins(model, targets)
     if not has_text:
-        _check_shared(model, config, targets)
+        _check_twins(config, twins)
     own = {name: settings for name in embeddings if (settings := config.for_embedding(name)) is not None}
     grades = {name: own_grades for name in embeddings if (own_grades := config.grades(name)) is not None}
-    return Job(model, config, targets, skipped, own, grades, tied, stacks, left)
+    return Job(model, config, targets, skipped, own, grades, tied, stacks, left, twins)
 
 
-def _check_shared(model: nn.Module, config: TurboQuantConfig, targets: Sequence[str]) -> None:
-    """Raises a ConfigError if layers that share one weight, and so will share its planes, get different bits."""
+def _twins(model: nn.Module, targets: Sequence[str]) -> dict[str, str]:
+    """Name of each layer whose weight an earlier one has -> name of the first that has it."""
     first: dict[int, str] = {}
-    for name in targets:
-        other = first.setdefault(id(model.get_submodule(name).weight), name)
+    found = {name: first.setdefault(id(model.get_submodule(name).weight), name) for name in targets}
+    return {name: other for name, other in found.items() if name != other}
+
+
+def _check_twins(config: TurboQuantConfig, twins: Mapping[str, str]) -> None:
+    """Raises a ConfigError if layers that share one weight, and so will share its planes, get different bits."""
+    for name, other in twins.items():
         wanted, found = config.for_layer(other), config.for_layer(name)
         if wanted != found:
             raise ConfigError(
@@ -483,6 +490,7 @@ def summarize(job: Job, layers: list[LayerReport], seconds: float, **notes: Any)
     """The report on a quantized model, which may be on the meta device."""
     model = job.model
     counted = {id(p) for layer in layers for p in model.get_submodule(layer.name).parameters()}
+    layers = [_as_twin(model, layer) if layer.name in job.twins else layer for layer in layers]
     other = [p for p in model.parameters() if id(p) not in counted] + persistent_buffers(model)
     dense = dense_parameters(model, job.skipped)
     reasons = dense_reasons(model, dense, job.left)
@@ -502,6 +510,12 @@ def summarize(job: Job, layers: list[LayerReport], seconds: float, **notes: Any)
         skipped_bytes=sum(kept.values()),
         **notes,
     )
+
+
+def _as_twin(model: nn.Module, layer: LayerReport) -> LayerReport:
+    """In bf16 the weight is there once, also where calibration gave both planes of their own."""
+    bias = model.get_submodule(layer.name).bias
+    return dataclasses.replace(layer, dense_bytes=bf16_bytes(bias) if isinstance(bias, Tensor) else 0)
 
 
 def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
