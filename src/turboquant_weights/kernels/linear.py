@@ -620,12 +620,12 @@ def unrotate(x: Tensor, in_features: int, block: int, seed: int) -> Tensor:
     return _rotate(x, x.shape[1], in_features, block, seed, inverse=True)
 
 
-def _rotate(x: Tensor, columns: int, out_columns: int, block: int, seed: int, inverse: bool) -> Tensor:
+def _rotate(x: Tensor, columns: int, out_columns: int, block: int, seed: int, inverse: bool, scale: float = 1.0) -> Tensor:
     tokens, tiles = x.shape[0], -(-columns // TILE)
     out = torch.empty((tokens, out_columns), dtype=x.dtype, device=x.device)
     rotate_kernel[(min(_ROTATE_PROGRAMS, -(-tokens * tiles // 64)),)](
         x, x.stride(0), tile_signs(seed, tiles, x.device, x.dtype), tile_matrix(block, NATURAL, x.device, x.dtype),
-        out, out_columns, tokens * tiles, x.shape[1], tiles, out_columns, block**-0.5,
+        out, out_columns, tokens * tiles, x.shape[1], tiles, out_columns, scale * block**-0.5,
         TILES=64, INVERSE=inverse, num_warps=4,
     )  # fmt: skip
     return out
@@ -654,14 +654,15 @@ def through_scratch(
     """Dequantizes the rotated weight into scratch memory and leaves the matmul of ``x`` [tokens, in_features] to cuBLAS."""
     rows, groups = packed.scales.shape
     columns = groups * SCALE_BLOCK
-    power: Tensor | None = None
+    block = rotation_block(in_features, group_size)
     if x.dtype == torch.float16:
-        # A rotation multiplies an entry by up to 128 ** 0.5: tokens above 2 ** 11 are brought below by a power of two.
-        exponent = (torch.frexp(x.abs().amax(1, keepdim=True).float())[1] - 11).clamp(min=0)
-        power, x = torch.exp2(exponent.float()), (x * torch.exp2(-exponent.float())).to(x.dtype)
-    rotated = rotate(x, columns, rotation_block(in_features, group_size), seed)
+        # A rotation makes entries up to 128 ** 0.5 times as large, and float16 ends at 65504: 3 bits of the range are the
+        # weights' for this product.
+        rotated = _rotate(x, columns, columns, block, seed, inverse=False, scale=0.125)
+        packed = packed._replace(exponents=(packed.exponents.int() + 3).clamp(max=127).to(torch.int8))
+    else:
+        rotated = rotate(x, columns, block, seed)
     bias = None if bias is None else bias.to(x.dtype)
-    later, bias = (bias, None) if power is not None else (None, bias)  # added to what is scaled up again
     for part, planes in _row_parts(packed, columns * x.element_size()):
         dense = dequantize_rotated(planes, bits, residual_bits, x.dtype)
         if len(dense) < rows:
@@ -671,8 +672,6 @@ def through_scratch(
             torch.mm(rotated, dense.T, out=out)
         else:
             torch.addmm(bias, rotated, dense.T, out=out)
-    if power is not None:
-        out.copy_(out * power if later is None else torch.addcmul(later.float(), out.float(), power))
 
 
 @_on_device_of
