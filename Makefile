@@ -55,7 +55,7 @@ test-engine: fuzz-engine force-engines
 fuzz-engine:
 	mkdir -p build
 	$(or $(CC),cc) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -o build/cpu-fuzz $(ENGINE_TEST)
-	build/cpu-fuzz 200 1
+	build/cpu-fuzz 400 1
 	@if command -v aarch64-linux-gnu-gcc qemu-aarch64 > /dev/null; then \
 		set -ex; aarch64-linux-gnu-gcc -O2 -static -o build/cpu-fuzz-arm $(ENGINE_TEST); qemu-aarch64 build/cpu-fuzz-arm 60 2; \
 	else echo "NOT TESTED: the Arm engine, for want of aarch64-linux-gnu-gcc or qemu-aarch64"; fi
