@@ -1,6 +1,7 @@
 """Fused projections: the same numbers, the same state dict, and the way back."""
 
 import copy
+import functools
 import json
 import pickle
 import sys
@@ -308,31 +309,64 @@ def test_planes_that_are_replaced_are_noticed(blocks):
         close(fused(x), other(x))
 
 
-def test_threads_get_their_own_results(blocks):
-    separate, fused = blocks
-    inputs = [torch.randn(2, 96) for _ in range(4)]
-    wanted = [separate(x).detach() for x in inputs]
-    failures = []
+@pytest.fixture
+def hasty_threads():
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
-    def run(x, want):
+
+def run_at_once(functions):
+    """Runs the functions in threads that start together; raises what one of them raised."""
+    failures = []
+    start = threading.Barrier(len(functions))
+
+    def run(function):
         try:
-            for _ in range(150):
-                with torch.no_grad():
-                    close(fused(x), want)
+            start.wait()
+            function()
         except BaseException as error:
             failures.append(error)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, wanted, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not failures, failures[0]
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_threads_get_their_own_results(blocks, hasty_threads):
+    separate, fused = blocks
+    inputs = [torch.randn(2, 96) for _ in range(4)]
+    wanted = [separate(x).detach() for x in inputs]
+
+    @torch.no_grad()
+    def compute(x, want):
+        for _ in range(150):
+            close(fused(x), want)
+
+    run_at_once([functools.partial(compute, x, want) for x, want in zip(inputs, wanted, strict=True)])
+
+
+def test_threads_that_come_before_the_planes_are_merged(blocks, hasty_threads):
+    """Nobody sees half of what is merged."""
+    separate, fused = blocks
+    x = torch.randn(2, 96)
+    want = separate(x).detach()
+
+    @torch.no_grad()
+    def compute(block):
+        close(block(x), want)
+
+    for _ in range(40):
+        fresh = copy.deepcopy(fused)
+        run_at_once([functools.partial(compute, fresh)] * 4)
+        assert fresh.q_proj.group.bias is not None
+        assert fresh.q_proj.group.bias.holds(fresh.q_proj.group._biases())
 
 
 def test_parts_without_a_gradient_are_not_those_with_one(blocks):

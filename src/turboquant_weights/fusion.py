@@ -73,12 +73,24 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _addresses(parameters: Sequence[Tensor | None]) -> list[int]:
+    return [0 if parameter is None else parameter.data_ptr() for parameter in parameters]
+
+
 def _concatenate(parts: list[Tensor]) -> Tensor:
     """An ordinary tensor: no gradient could go through what inference mode makes, nor an optimizer change it."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return torch.cat(parts)
     with torch.inference_mode(False), torch.no_grad():
         return torch.cat(parts)
+
+
+class _Merged(NamedTuple):
+    """Planes of all members in one weight, and what was merged: parameters, and the addresses they have since."""
+
+    planes: PackedWeight
+    parameters: list[Tensor | None]
+    addresses: list[int]
 
 
 class _SharedBias(NamedTuple):
@@ -129,10 +141,9 @@ class _Group:
 
     def __init__(self, members: list[TurboQuantLinear]) -> None:
         self.members = members
-        self.merged: PackedWeight | None = None
-        self.planes_then: list[Tensor | None] = []  # of the members, when they were merged
-        self.addresses: list[int] = []
+        self.merged: _Merged | None = None
         self.bias: _SharedBias | None = None
+        self.lock = threading.RLock()  # of the two above: other threads see them when they are complete
         self.parts: _Parts = _PartsOfThread()
         self.traced = _Parts()  # of `torch.compile`, which knows no threads
         for index, member in enumerate(members):
@@ -148,44 +159,56 @@ class _Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is merged: copies of the members would not be views of it."""
-        state = dict(self.__dict__, merged=None, planes_then=[], addresses=[], bias=None)
-        del state["parts"], state["traced"]
+        state = dict(self.__dict__, merged=None, bias=None)
+        del state["lock"], state["parts"], state["traced"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, parts=_PartsOfThread(), traced=_Parts())
+        self.__dict__.update(state, lock=threading.RLock(), parts=_PartsOfThread(), traced=_Parts())
 
     def invalidate(self) -> None:
         """The members' planes have moved: they are merged again when they are needed."""
-        self.__setstate__(self.__getstate__())
+        self.merged = self.bias = None
+        self.parts, self.traced = _PartsOfThread(), _Parts()
 
     def holds(self) -> bool:
         """Whether what is merged, if anything, is what the members have: not where their parameters were exchanged for a
         call, as ``torch.func`` does. Where only their memory was (``codes.data = ...``), it is merged again."""
-        if self.merged is None:
+        merged = self.merged
+        if merged is None:
             return True
         now = [member._parameters.get(plane) for member in self.members for plane in PLANES]
-        if not all(a is b for a, b in zip(now, self.planes_then, strict=True)):
+        if not all(a is b for a, b in zip(now, merged.parameters, strict=True)):
             return False
-        if not torch.compiler.is_compiling() and self.addresses != [0 if p is None else p.data_ptr() for p in now]:
+        if not torch.compiler.is_compiling() and merged.addresses != _addresses(now):
             self.invalidate()
         return True
 
     def planes(self) -> PackedWeight:
-        if self.merged is None:
-            columns: list[Tensor | None] = []
-            for plane in PLANES:
-                parts = [getattr(member, plane) for member in self.members]
-                columns.append(None if parts[0] is None else _concatenate([part.detach() for part in parts]))
-            self.merged = PackedWeight(*columns)  # type: ignore[arg-type]
-            for plane, whole in self.merged._asdict().items():
-                if whole is not None:
-                    for member, rows in zip(self.members, whole.split(self._sizes()), strict=True):
-                        getattr(member, plane).data = rows
-            self.planes_then = [member._parameters.get(plane) for member in self.members for plane in PLANES]
-            if not torch.compiler.is_compiling():
-                self.addresses = [0 if p is None else p.data_ptr() for p in self.planes_then]
-                self._share_bias()
+        merged = self.merged
+        if merged is None:
+            if torch.compiler.is_compiling():
+                return self._merge().planes
+            with self.lock:
+                merged = self.merged or self._merge()
+        return merged.planes
+
+    def _merge(self) -> _Merged:
+        columns: list[Tensor | None] = []
+        for plane in PLANES:
+            parts = [getattr(member, plane) for member in self.members]
+            columns.append(None if parts[0] is None else _concatenate([part.detach() for part in parts]))
+        planes = PackedWeight(*columns)  # type: ignore[arg-type]
+        for plane, whole in planes._asdict().items():
+            if whole is not None:
+                for member, rows in zip(self.members, whole.split(self._sizes()), strict=True):
+                    getattr(member, plane).data = rows
+        parameters = [member._parameters.get(plane) for member in self.members for plane in PLANES]
+        addresses: list[int] = []
+        if not torch.compiler.is_compiling():
+            addresses = _addresses(parameters)
+            self._share_bias()
+        self.merged = _Merged(planes, parameters, addresses)
         return self.merged
 
     def _sizes(self) -> list[int]:
@@ -217,11 +240,15 @@ class _Group:
             return None
         if torch.is_grad_enabled() and any(bias.requires_grad for bias in present):
             return self._join(biases)
-        if (self.bias is None or not self.bias.holds(biases)) and not torch.compiler.is_compiling():
-            self._share_bias()
-        if self.bias is None or not self.bias.holds(biases):
+        shared = self.bias
+        if (shared is None or not shared.holds(biases)) and not torch.compiler.is_compiling():
+            with self.lock:
+                if self.bias is shared:  # else another thread did it
+                    self._share_bias()
+                shared = self.bias
+        if shared is None or not shared.holds(biases):
             return self._join(biases)
-        return self.bias.whole
+        return shared.whole
 
     def _join(self, biases: list[Any]) -> Tensor:
         like = next(bias for bias in biases if bias is not None)
