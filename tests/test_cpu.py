@@ -16,6 +16,7 @@ from format_oracle import dequantize
 from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantLinear, feedback, reference
 from turboquant_weights.codebook import boundary_tensor, level_tensor
 from turboquant_weights.cpu import library
+from turboquant_weights.cpu import linear as cpu_linear
 from turboquant_weights.cpu.feedback import feed_back
 from turboquant_weights.cpu.linear import linear
 
@@ -376,6 +377,54 @@ def test_a_layer_does_not_keep_planes_alive():
 
 
 # -- threads and processes
+
+
+class _Before:
+    """The library, but another thread's turn comes before one of its functions."""
+
+    def __init__(self, function, turn):
+        self.function, self.turn = function, turn
+
+    def __getattr__(self, name):
+        real = getattr(library.library(), name)
+        return real if name != self.function else lambda *arguments: (self.turn(), real(*arguments))[1]
+
+
+needs_engine = pytest.mark.skipif(library.chosen() is None, reason="the environment asks for the reference")
+
+
+@needs_engine
+def test_a_plane_that_another_thread_replaces_while_a_layer_is_bound(monkeypatch):
+    module, x = _called()
+    module._bound = None
+    checked = cpu_linear._checked
+
+    def interrupted(*arguments):
+        out = checked(*arguments)
+        module.codes = torch.nn.Parameter(module.codes.flip(0), requires_grad=False)
+        return out
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(cpu_linear, "_checked", interrupted)
+        module(x)
+    assert torch.equal(module(x), _by_the_op(module, x))
+
+
+@needs_engine
+@pytest.mark.parametrize("name", [*reference.PackedWeight._fields, "bias"])
+def test_what_the_engine_reads_lives_until_it_is_done(name, monkeypatch):
+    """Also if another thread takes it from the layer in the meantime: the engine runs without the interpreter's lock."""
+    module, x = _called()
+    module._bound = None
+    tensor, alive = weakref.ref(module._parameters[name]), []
+
+    def take():
+        module._parameters[name] = None
+        alive.append(tensor() is not None)
+
+    monkeypatch.setattr(cpu_linear, "library", lambda: _Before("tq_linear", take))
+    module(x)
+    assert alive == [True]
 
 
 def _module():

@@ -90,17 +90,19 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
         mode = _EXACT if dtype == torch.float32 or always_exact() else _INTEGER
         calls[dtype] = Call(address, in_features * dtype.itemsize, engine.number, mode, number)
     addresses = {dtype: ctypes.addressof(call) for dtype, call in calls.items()}
-    known = {name: (t.data_ptr(), t.nbytes, t.dtype) for name, t in parameters.items() if t is not None}
-    codes_at, codes_bytes, _ = known["codes"]  # bytes whatever their type
-    scales_at, scales_bytes, _ = known["scales"]
-    exponents_at, exponents_bytes, _ = known["exponents"]
-    optional = [(name, known[name]) for name in ("residual", "bias") if name in known]
-    absent = [name for name in ("residual", "bias") if name not in known]
+    # Of the tensors that were checked: the layer may have others by now, from another thread.
+    known: list[Any] = [None if t is None else (t.data_ptr(), t.nbytes, t.dtype) for t in (*planes, bias)]
+    codes_known, residual_known, scales_known, exponents_known, bias_known = known
+    codes_at, codes_bytes, _ = codes_known  # bytes whatever their type
+    scales_at, scales_bytes, _ = scales_known
+    exponents_at, exponents_bytes, _ = exponents_known
     run, rows, empty, threads = c.tq_linear, layer.rows, torch.empty, torch.get_num_threads
     few = min(_TILED_TOKENS, _TILED_NESTED_TOKENS, _BLAS_TOKENS)
 
     def product(x: Tensor, parameters: Parameters) -> Tensor | None:
+        # Each is asked for once and held to the end: another thread may give the layer others while the engine reads these.
         codes, scales, exponents = parameters["codes"], parameters["scales"], parameters["exponents"]
+        residual, bias = parameters["residual"], parameters["bias"]
         shape, dtype = x.shape, x.dtype
         # Of a tensor that is where it was, as large and without gaps, every byte may be read.
         if (
@@ -110,17 +112,16 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
             or exponents.data_ptr() != exponents_at or exponents.nbytes != exponents_bytes or not exponents.is_contiguous()
         ):  # fmt: skip
             return None
-        for name, at in optional:
-            tensor = parameters[name]
-            if tensor is None or (tensor.data_ptr(), tensor.nbytes, tensor.dtype) != at or not tensor.is_contiguous():
-                return None
-        for missing in absent:
-            if parameters[missing] is not None:
+        for tensor, at in ((residual, residual_known), (bias, bias_known)):
+            if tensor is None:
+                if at is not None:
+                    return None
+            elif (tensor.data_ptr(), tensor.nbytes, tensor.dtype) != at or not tensor.is_contiguous():
                 return None
         tokens = x.numel() // in_features
         if not 0 < tokens < few or not x.is_contiguous():
-            packed = PackedWeight(codes, parameters["residual"], scales, exponents)
-            return multiply(x, packed, parameters["bias"], in_features, layout, engine, None)
+            packed = PackedWeight(codes, residual, scales, exponents)
+            return multiply(x, packed, bias, in_features, layout, engine, None)
         # Three dimensions are what models have; a slice of the shape costs half a microsecond.
         out = empty(shape[0], shape[1], rows, dtype=dtype) if len(shape) == 3 else empty(*shape[:-1], rows, dtype=dtype)
         if run(addresses[dtype], x.data_ptr(), out.data_ptr(), tokens, threads()):
