@@ -89,7 +89,7 @@ class _Merged(NamedTuple):
     """Planes of all members in one weight, and what was merged: parameters, and the addresses they have since."""
 
     planes: PackedWeight
-    parameters: list[Tensor | None]
+    parameters: Sequence[Tensor | None]
     addresses: list[int]
 
 
