@@ -1,8 +1,10 @@
+import contextlib
 import re
 
 import format_oracle as oracle
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turboquant_weights.rotation import (
     hadamard,
@@ -85,3 +87,15 @@ def test_padding_appends_zeros():
     x = torch.ones(2, 3)
     assert pad_columns(x, 3) is x
     assert pad_columns(x, 5).tolist() == [[1, 1, 1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_thread_that_leaves_a_mode_changes_nothing_for_others(is_inside, monkeypatch):
+    """What is cached for ever is real, and what is real is cached."""
+    flags = torch.utils._python_dispatch
+    with FakeTensorMode() if is_inside else contextlib.nullcontext(), monkeypatch.context() as patch:
+        patch.setattr(flags, "_is_in_torch_dispatch_mode", not is_inside)  # one for all threads
+        first = signs(987_654, 96)
+    again = signs(987_654, 96)
+    assert type(again) is torch.Tensor
+    assert (again is first) is not is_inside

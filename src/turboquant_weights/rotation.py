@@ -20,7 +20,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,7 +59,8 @@ def cached_constant(build: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(build)
     def constant(*args: P.args, **kwargs: P.kwargs) -> T:
-        if is_in_torch_dispatch_mode():
+        # Not PyTorch's is_in_torch_dispatch_mode: it is one for all threads, and any that leaves a mode resets it.
+        if torch._C._len_torch_dispatch_stack():
             with torch.device("cpu"):
                 return build(*args, **kwargs)
         return cached(*args, **kwargs)  # type: ignore[arg-type]  # bits, seeds, devices and dtypes are hashable
