@@ -11,7 +11,15 @@ import weakref
 import pytest
 import torch
 
-from turboquant_weights import TurboQuantConfig, TurboQuantLinear, fuse_projections, ops, quantize_model, unfuse_projections
+from turboquant_weights import (
+    TurboQuantConfig,
+    TurboQuantLinear,
+    fuse_projections,
+    fusion,
+    ops,
+    quantize_model,
+    unfuse_projections,
+)
 from turboquant_weights.cpu.library import chosen
 
 
@@ -367,6 +375,27 @@ def test_threads_that_come_before_the_planes_are_merged(blocks, hasty_threads):
         run_at_once([functools.partial(compute, fresh)] * 4)
         assert fresh.q_proj.group.bias is not None
         assert fresh.q_proj.group.bias.holds(fresh.q_proj.group._biases())
+
+
+def test_planes_that_two_threads_find_replaced(blocks, monkeypatch):
+    """The second leaves alone what the first has merged again: others compute with it."""
+    separate, fused = blocks
+    x = torch.randn(2, 96, requires_grad=True)
+    fused(x)
+    for block in blocks:
+        block.k_proj.codes.data = block.k_proj.codes.data.flip(0)
+    group, addresses, merged = fused.q_proj.group, fusion._addresses, []
+
+    def second(parameters):
+        monkeypatch.setattr(fusion, "_addresses", addresses)
+        before = addresses(parameters)
+        assert group.holds()
+        merged.append(group.planes())  # the first
+        return before
+
+    monkeypatch.setattr(fusion, "_addresses", second)
+    close(fused(x), separate(x))
+    assert group.planes() is merged[0]
 
 
 def test_parts_without_a_gradient_are_not_those_with_one(blocks):

@@ -181,7 +181,9 @@ class _Group:
         if not all(a is b for a, b in zip(now, merged.parameters, strict=True)):
             return False
         if not torch.compiler.is_compiling() and merged.addresses != _addresses(now):
-            self.invalidate()
+            with self.lock:
+                if self.merged is merged:  # else another thread did it, and members may be views of what it merged
+                    self.invalidate()
         return True
 
     def planes(self) -> PackedWeight:
