@@ -21,7 +21,7 @@ from turboquant_weights import FormatError
 from turboquant_weights.checkpoint import validate, verify, write_manifest
 
 CASES = 1000  # for each of the eight kinds of folder
-SECONDS, BYTES = 2.0, 8 << 20  # allowed per case
+SECONDS, BYTES = 2.0, 8 << 20  # of processor time and of memory, allowed per case
 ODD = [
     None, True, False, 0, 1, -1, 3, 4, 31, 2**31, 2**63, 2**64, 10**400, 0.5, math.nan, math.inf, -math.inf, "", "4", "U8",
     "I8", "F32", "F8_E5M2", "../model.safetensors", "/etc/passwd", "\0", "\ud800", "x" * 10_000, [], [0],
@@ -222,10 +222,10 @@ def test_damaged_checkpoints_are_rejected_or_intact(tmp_path, sharded, manifest,
         traced = case % 4 == 0  # tracing memory is slow
         if traced:
             tracemalloc.start()
-        start = time.perf_counter()
+        start = time.process_time()  # whatever else the machine is doing
         try:
             rejected += not run_case(folder, saved, manifest, mixed, rng)
-            assert time.perf_counter() - start < SECONDS
+            assert time.process_time() - start < SECONDS
             assert not traced or tracemalloc.get_traced_memory()[1] < BYTES
         except Exception as error:
             raise AssertionError(f"case {case}: {type(error).__name__}: {error}") from error
