@@ -268,6 +268,128 @@ INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64
         for (int t = 0; t < T; t++) out[r * TOKENS + t] = _mm512_reduce_add_ps(sum[r][t]);
 }
 
+/* -- integers, one token and four rows side by side ------------------------------------------------------------------------ */
+
+/* Where four rows lie, from the current 16 blocks on, so that chunks are constants away. */
+typedef struct {
+    const uint8_t *codes[ROWS_AT_ONCE], *residual[ROWS_AT_ONCE], *scales[ROWS_AT_ONCE];
+    const __m512i *values;
+} places;
+
+/* Adds chunk i of four rows to their sums. Whole vectors are read: behind the last block the activation is zero. The rows'
+ * chains of products go side by side; one behind the other they would fill the scheduler. */
+INLINE void four_chunks(const places *at, const int i, const integers *how, const __m512 scale[ROWS_AT_ONCE],
+                        __m512 sum[ROWS_AT_ONCE], const int kind)
+{
+    __m512i w[ROWS_AT_ONCE][4], dot[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        const uint8_t *codes = at->codes[r] + 64 * i, *residual = kind == FOURS ? NULL : at->residual[r] + 32 * i;
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        if (kind != FOURS) _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T0);
+        decode_chunk(codes, residual, CHUNK, how, kind, w[r]);
+        dot[r] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i x = _mm512_load_si512(at->values + 4 * i + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            if (kind != FOURS) {
+                dot[r] = _mm512_dpwssd_epi32(dot[r], w[r][j], x);
+                continue;
+            }
+            if (j == 2) dot[r] = _mm512_slli_epi32(dot[r], 7);
+            dot[r] = _mm512_dpbusd_epi32(dot[r], w[r][j % 2], x);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS_AT_ONCE; r++)
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_permutexvar_ps(lane_blocks(i), scale[r]), sum[r]);
+}
+
+/* Sums of the lanes of four vectors. */
+INLINE __m128 lane_sums(const __m512 v[4])
+{
+    const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 all = _mm512_add_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(first), _mm512_castps_pd(second))),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(first), _mm512_castps_pd(second))));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Rows in front of the last ones of a matrix: what is read behind the end of such a row still lies in its planes. */
+INLINE int64_t inner_rows(const tq_layer *layer)
+{
+    int64_t behind = 1;
+    while (behind * layer->scales_stride < 16 || behind * layer->codes_stride < 64 ||
+           (layer->residual && behind * layer->residual_stride < 32))
+        behind++;
+    return layer->rows - behind;
+}
+
+/* As many of the rows as come in fours and are no last ones, times one token; returns their number. The planes are 4 bits, or
+ * 4 + 2: for four rows of 4 + 4 there are not enough registers. */
+INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,
+                            float *out, const int kind)
+{
+    const integers how = integers_of(layer->book, kind);
+    const int64_t last = inner_rows(layer), end = row + rows < last ? row + rows : last;
+    const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
+    const uint8_t *residual = kind == FOURS ? NULL : row_of(layer->residual, layer->residual_stride, row);
+    const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
+    int64_t done = 0;
+    for (; row + done + ROWS_AT_ONCE <= end; done += ROWS_AT_ONCE, out += ROWS_AT_ONCE * TOKENS) {
+        places at = {.values = (const __m512i *)((const char *)act->values + token * 2 * act->blocks * BLOCK)};
+        const float *factor = act->scale + token * act->blocks, *correction = act->correction + token * act->blocks;
+        __m512 sum[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            sum[r] = _mm512_setzero_ps();
+            at.codes[r] = codes;
+            at.scales[r] = scales;
+            codes += layer->codes_stride;
+            scales += layer->scales_stride;
+            if (kind == FOURS) continue;
+            at.residual[r] = residual;
+            residual += layer->residual_stride;
+        }
+        for (int64_t left = layer->blocks; left > 0; left -= 16) {
+            __m512 scale[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS_AT_ONCE; r++) {
+                const __m512 own = scales16(at.scales[r], 16);
+                scale[r] = _mm512_mul_ps(own, _mm512_load_ps(factor));
+                if (kind == FOURS) sum[r] = _mm512_fnmadd_ps(own, _mm512_load_ps(correction), sum[r]);
+            }
+            if (left >= 16)
+#pragma GCC unroll 4
+                for (int i = 0; i < 16 / CHUNK; i++) four_chunks(&at, i, &how, scale, sum, kind);
+            else
+                for (int i = 0; CHUNK * i < left; i++) four_chunks(&at, i, &how, scale, sum, kind);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS_AT_ONCE; r++) {
+                at.codes[r] += 16 * 16;
+                at.scales[r] += 16;
+                if (kind != FOURS) at.residual[r] += 16 * 8;
+            }
+            at.values += 16;
+            factor += 16;
+            correction += 16;
+        }
+        const __m128 sums = lane_sums(sum);
+        _MM_EXTRACT_FLOAT(out[0], sums, 0);
+        _MM_EXTRACT_FLOAT(out[TOKENS], sums, 1);
+        _MM_EXTRACT_FLOAT(out[2 * TOKENS], sums, 2);
+        _MM_EXTRACT_FLOAT(out[3 * TOKENS], sums, 3);
+    }
+    return done;
+}
+
+/* -- integers, any planes -------------------------------------------------------------------------------------------------- */
+
 /* One row of any planes times T tokens, block by block. */
 INLINE void words_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out, const int T)
 {
@@ -385,8 +507,19 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
 #define CALL_EXACT(R, T) \
     for (int r = 0; r < R; r++) exact_row(layer, act, row + r, from, to + r * TOKENS, T)
 
-KERNEL(kernel_fours, CALL_FOURS)
-KERNEL(kernel_fours_twos, CALL_FOURS_TWOS)
+/* The same for what is done side by side as far as that goes. */
+#define KERNEL_ABREAST(name, rest, kind)                                                                                    \
+    static void name(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,            \
+                     int64_t count, float *out)                                                                             \
+    {                                                                                                                       \
+        const int64_t done = count == 1 ? rows_abreast(layer, act, row, rows, token, out, kind) : 0;                        \
+        rest(layer, act, row + done, rows - done, token, count, out + done * TOKENS);                                       \
+    }
+
+KERNEL(kernel_fours_apart, CALL_FOURS)
+KERNEL(kernel_fours_twos_apart, CALL_FOURS_TWOS)
+KERNEL_ABREAST(kernel_fours, kernel_fours_apart, FOURS)
+KERNEL_ABREAST(kernel_fours_twos, kernel_fours_twos_apart, FOURS_TWOS)
 KERNEL(kernel_fours_fours, CALL_FOURS_FOURS)
 KERNEL(kernel_words, CALL_WORDS)
 KERNEL(kernel_exact, CALL_EXACT)
