@@ -10,8 +10,17 @@ import pytest
 import torch
 from tiny_model import tiny_llama
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from turboquant_weights import ConfigError, QuantizationError, TurboQuantConfig, TurboQuantLinear, feedback, reference
+from turboquant_weights import (
+    ConfigError,
+    QuantizationError,
+    TurboQuantConfig,
+    TurboQuantLinear,
+    feedback,
+    quantize_model,
+    reference,
+)
 from turboquant_weights.calibration import Calibration, Calibrator, as_calibration, calibration_text, input_groups, windows
 from turboquant_weights.codebook import boundary_tensor, level_tensor
 from turboquant_weights.evaluation import sample_text
@@ -166,6 +175,14 @@ def test_stream_is_the_model() -> None:
         logits = torch.cat([stream.tail(batch.tokens, batch.hidden) for batch in stream.batches])
     torch.testing.assert_close(logits, model(input_ids=tokens).logits)
     assert all("forward" not in block.__dict__ for block in find_blocks(model)[1])
+
+
+def test_samples_longer_than_the_table_of_positions_are_an_error() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(QuantizationError, match=r"40 tokens at once.*max_position_embeddings: 32"):
+        quantize_model(model, TurboQuantConfig(), calibration=torch.zeros(2, 40, dtype=torch.int64), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_stream_refuses_blocks_that_pass_on_more_than_hidden_states() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_model import tiny_llama
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turboquant_weights import Calibration, calibration, quantize_model
 from turboquant_weights.calibration import input_of
@@ -136,3 +137,40 @@ def test_half_precision_is_multiplied_in_float32_only_where_it_is_emulated(
             torch.testing.assert_close(stream.run(0, stream.batches[0], twin), before, rtol=0, atol=0)
             assert not torch.equal(stream.run(0, stream.batches[0]), before)
         assert not any("forward" in module.__dict__ for module in linears)
+
+
+class Attentions(TorchDispatchMode):
+    """Counts computed attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "scaled_dot_product" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_goes_on_where_the_last_pass_ended() -> None:
+    """Of the passes up to the output projection and on from there, one computes it."""
+    model = tiny_llama()
+    tokens = torch.arange(64).view(1, 64) % model.config.vocab_size
+    with BlockStream(model, tokens, torch.device("cpu")) as stream, torch.no_grad():
+        block, batch = stream.blocks[0], stream.batches[0]
+        layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+        attention = block.self_attn
+        replay = Replay(block, layers, ROOM)
+
+        def run() -> Tensor:
+            return stream.run(0, batch)
+
+        replay.final([attention.q_proj, attention.k_proj, attention.v_proj])
+        with Attentions() as first:
+            seen = input_of(attention.o_proj, lambda: replay.run(0, run))
+        torch.testing.assert_close(seen, input_of(attention.o_proj, run))
+        attention.o_proj.weight.mul_(3)
+        replay.final(layers)
+        with Attentions() as second:
+            found = replay.run(0, run)
+        assert (first.count, second.count) == (1, 0)
+        assert torch.equal(found, run())

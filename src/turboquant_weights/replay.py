@@ -6,20 +6,23 @@ cost more than memory, results that no layer still to be rounded has a part in a
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # A call: the calls around it, the module, and how many times those have called it.
 _Place = tuple[int, ...]
+_ATTENTION = 0  # in the place of a module; no id is zero
 _Result = TypeVar("_Result")
 
 
 class Replay:
-    """Results of the modules with weights inside ``block``, by batch, as long as none of ``layers`` was called that is not
-    :meth:`final`.
+    """Results of the modules with weights inside ``block``, and of attention, by batch, as long as none of ``layers`` was
+    called that is not :meth:`final`. Attention is ``torch.nn.functional.scaled_dot_product_attention``.
 
     Modules are told apart by their place among the calls, which is the same in every pass, since what comes before is. A
     result that was changed in place since is computed again.
@@ -51,9 +54,9 @@ class Replay:
         calls: Counter[_Place] = Counter()
         final = True  # no layer that is still to be rounded was called
 
-        def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def call(key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal final
-            place = (*places[-1], id(module))
+            place = (*places[-1], key)
             calls[place] += 1
             place = (*place, calls[place])
             if place in known:
@@ -61,7 +64,7 @@ class Replay:
                 if [tensor._version for tensor in _tensors(output)] == versions:
                     return output
                 self._drop(known, place)
-            final = final and id(module) not in self._pending
+            final = final and key not in self._pending
             places.append(place)
             try:
                 output = forward(*args, **kwargs)
@@ -73,9 +76,10 @@ class Replay:
 
         own = [module.__dict__.get("forward") for module in self._modules]
         for module in self._modules:
-            module.forward = lambda *a, m=module, f=module.forward, **k: call(m, f, *a, **k)
+            module.forward = lambda *a, m=module, f=module.forward, **k: call(id(m), f, *a, **k)
         try:
-            return function()
+            with _Attention(functools.partial(call, _ATTENTION)):
+                return function()
         finally:
             for module, forward in zip(self._modules, own, strict=True):
                 if forward is None:
@@ -95,6 +99,20 @@ class Replay:
     def _drop(self, known: dict[_Place, tuple[Any, list[int]]], place: _Place) -> None:
         output, _ = known.pop(place)
         self._room += sum(tensor.nbytes for tensor in _tensors(output))
+
+
+class _Attention(TorchFunctionMode):
+    """Calls ``instead(function, *args, **kwargs)`` where ``scaled_dot_product_attention`` is called."""
+
+    def __init__(self, instead: Callable[..., Any]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            return self._instead(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -196,7 +196,15 @@ class BlockStream:
             return self._output(hidden)
 
         with self._forwards([functools.partial(record, i) for i in range(len(self.blocks))]), contextlib.suppress(Stop):
-            self.model(input_ids=tokens, use_cache=False)
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except IndexError as error:  # of a table of positions, say; a GPU's error says less
+                longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", "unknown")
+                raise QuantizationError(
+                    f"{type(self.model).__name__} cannot be run on {tokens.shape[1]} tokens at once ({error}): samples may be "
+                    f"as long as its table of positions (max_position_embeddings: {longest}), and token ids must be in its "
+                    "vocabulary"
+                ) from error
         return Batch(tokens, first[0], calls)
 
     @torch.no_grad()
