@@ -200,10 +200,10 @@ class BlockStream:
                 self.model(input_ids=tokens, use_cache=False)
             except IndexError as error:  # of a table of positions, say; a GPU's error says less
                 longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", "unknown")
+                kind = type(self.model).__name__
                 raise QuantizationError(
-                    f"{type(self.model).__name__} cannot be run on {tokens.shape[1]} tokens at once ({error}): samples may be "
-                    f"as long as its table of positions (max_position_embeddings: {longest}), and token ids must be in its "
-                    "vocabulary"
+                    f"{kind} cannot be run on {tokens.shape[1]} tokens at once ({error}): samples may be as long as its "
+                    f"table of positions (max_position_embeddings: {longest}), and token ids must be in its vocabulary"
                 ) from error
         return Batch(tokens, first[0], calls)
 
