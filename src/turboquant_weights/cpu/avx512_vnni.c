@@ -331,7 +331,7 @@ INLINE int64_t inner_rows(const tq_layer *layer)
 }
 
 /* As many of the rows as come in fours and are no last ones, times one token; returns their number. The planes are 4 bits, or
- * 4 + 2: for four rows of 4 + 4 there are not enough registers. */
+ * 4 + 2: 4 + 4 that way is slower from memory (DESIGN.md). */
 INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,
                             float *out, const int kind)
 {
