@@ -73,20 +73,32 @@ def test_loss_of_a_block_is_the_quadratic_form_of_its_error() -> None:
     torch.testing.assert_close(errors.square().sum(-1), losses)
 
 
-def test_feedback_follows_its_definition_column_by_column() -> None:
-    """Against the textbook loop over all columns in float64, with the scales that the search chose."""
-    columns, layout = 64, dict(bits=4, residual_bits=0, group_size=64, seed=0)
-    weight, x = torch.randn(5, columns), correlated(400, columns)
+def uneven(tokens: int, columns: int) -> Tensor:
+    """Inputs whose blocks of 32 columns have energies 1, 2, 3, ... in an order that is not theirs."""
+    energies = (torch.arange(columns // 32) * 5 % (columns // 32)) + 1.0
+    return correlated(tokens, columns) * energies.sqrt().repeat_interleave(32)
+
+
+def test_feedback_follows_its_definition_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the textbook loop over all columns in float64, with the scales that the search chose, blocks by energy."""
+    monkeypatch.setattr(feedback, "_SWEEPS", 0)
+    columns, layout = 192, dict(bits=4, residual_bits=0, group_size=32, seed=0)
+    weight, x = torch.randn(5, columns), uneven(4000, columns)
     moments = feedback.Moments(columns, x.device)
     moments.add(x)
-    found = feedback.quantize_weight_calibrated(weight, moments.feedback(64, 0), **layout)
-    rotated = rotate(x.double(), 64, 0)
+    found = feedback.quantize_weight_calibrated(weight, moments.feedback(32, 0), **layout)
+    block = rotation_block(columns, 32)
+    rotated = rotate(x.double(), block, 0)
     hessian = rotated.T @ rotated
+    order = hessian.diagonal().view(-1, 32).sum(1).argsort(descending=True)
+    turns = torch.cat([torch.arange(32 * b, 32 * b + 32) for b in order.tolist()])
+    assert not torch.equal(turns, torch.arange(columns))
+    hessian = hessian[turns][:, turns]
     hessian += feedback.DAMPING * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    left = rotate(weight.double(), 64, 0)
+    left = rotate(weight.double(), block, 0)[:, turns]
     scale = reference.scale_tensor(torch.device("cpu"), torch.float64)[found.scales.long()]
-    scale = (scale * torch.exp2(found.exponents.double())[:, None]).repeat_interleave(32, 1)
+    scale = (scale * torch.exp2(found.exponents.double())[:, None]).repeat_interleave(32, 1)[:, turns]
     table, boundaries = level_tensor(4).double(), boundary_tensor(4).double()
     wanted = torch.empty(5, columns)
     for j in range(columns):
@@ -94,13 +106,63 @@ def test_feedback_follows_its_definition_column_by_column() -> None:
         wrong = (left[:, j] - table[index] * scale[:, j]) / factor[j, j]
         left[:, j:] -= wrong[:, None] * factor[j, j:]
         wanted[:, j] = index
-    codes = reference.unpack(found.codes, 4)
+    codes = reference.unpack(found.codes, 4)[:, turns]
     assert (codes == wanted).float().mean() > 0.98  # ties of float32 and float64 differ, and what follows from one
 
 
+def test_blocks_with_little_energy_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, layout = uneven(4000, 256), torch.randn(40, 256), dict(bits=4, residual_bits=0, group_size=32, seed=0)
+    moments = feedback.Moments(256, x.device)
+    moments.add(x)
+    falling, losses = feedback.block_order, []
+    for order in (falling, lambda hessian: falling(hessian).flip(0)):
+        monkeypatch.setattr(feedback, "block_order", order)
+        packed = feedback.quantize_weight_calibrated(weight, moments.feedback(32, 0), **layout)
+        losses.append(output_loss(weight, packed, x, x, **layout))
+    assert losses[0] < 0.95 * losses[1]
+
+
+@pytest.mark.parametrize(("bits", "residual_bits"), PLANES)
+def test_sweeps_lower_the_loss_of_every_row(bits: int, residual_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, and never a row's above what it was: the damped quadratic form that they descend."""
+    x, weight = uneven(4000, 192), torch.randn(50, 192)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=64, seed=0)
+    moments = feedback.Moments(192, x.device)
+    moments.add(x, x + 0.1 * torch.randn_like(x))
+    given = moments.feedback(64, 0)
+    assert given.correction is not None
+    turns = feedback.columns_of(given.order)
+    rotated = rotate(weight, 64, 0)
+    target = (rotated + rotated @ given.correction).double()[:, turns]
+    losses = []
+    for sweeps in range(4):
+        monkeypatch.setattr(feedback, "_SWEEPS", sweeps)
+        packed = feedback.quantize_weight_calibrated(weight, given, **layout)
+        left = target - rotate(reference.dequantize_weight(packed, 192, **layout), 64, 0).double()[:, turns]
+        losses.append(((left @ given.hessian.double()) * left).sum(1))
+    for before, after in zip(losses, losses[1:], strict=False):
+        assert (after <= before * (1 + 1e-4)).all()
+    assert losses[1].sum() < 0.985 * losses[0].sum()
+    assert losses[2].sum() < 0.998 * losses[1].sum()
+
+
+def test_sweeps_leave_alone_what_is_best_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncorrelated inputs: no block's error matters to another, so the first pass has said all."""
+    weight, layout = torch.randn(20, 128), dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    eye = torch.eye(128)
+    white = feedback.Feedback(torch.arange(4), eye, eye, None)
+    found = []
+    for sweeps in (0, 2):
+        monkeypatch.setattr(feedback, "_SWEEPS", sweeps)
+        found.append(feedback.quantize_weight_calibrated(weight, white, **layout))
+    assert torch.equal(found[0].codes, found[1].codes)
+    assert torch.equal(found[0].scales, found[1].scales)
+
+
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
-def test_gain_of_feedback_is_known_from_the_inputs(power: float) -> None:
-    """Against the factor that feedback uses, and against the losses of rounding with and without it."""
+def test_gain_of_feedback_is_known_from_the_inputs(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the factor that feedback uses, and against the losses of rounding with and without it (and without sweeps)."""
+    monkeypatch.setattr(feedback, "_SWEEPS", 0)
     torch.manual_seed(4)
     basis = torch.linalg.qr(torch.randn(128, 128)).Q
     x = torch.randn(20000, 128) * torch.arange(1, 129) ** -power @ basis.T
@@ -109,7 +171,7 @@ def test_gain_of_feedback_is_known_from_the_inputs(power: float) -> None:
     moments.add(x)
     hessian = feedback.rotated_moments(moments.now, 128, 0)
     gain = feedback.feedback_gain(hessian)
-    factor, _ = feedback.feedback_factor(hessian)
+    factor = moments.feedback(128, 0).factor
     assert gain == pytest.approx(float(factor.diagonal().square().reciprocal().mean()), rel=1e-4)
     errors = []
     for packed in (

@@ -7,19 +7,26 @@ columns still to come: with ``U`` the upper Cholesky factor of ``H^-1``, ``W[:, 
 Afterwards the loss is the sum of ``((w_j - q_j) / U_jj)^2``, a plain sum over columns: that is what makes a good choice
 of scales possible.
 
-Ours: it runs in the basis in which weights are stored. The rotation makes the diagonal of ``H`` flat, so no order of
-columns is better than the natural one, and keeps compensated weights Gaussian, so the fixed codebook stays right. The
-scale of a block of 32 columns is chosen when the block's turn comes, on its compensated weights, by running the
-feedback inside the block for several candidates at once and keeping the one whose loss is smallest: the search sees
-``H``, not only the weights.
+Ours: it runs in the basis in which weights are stored, and the rotation keeps compensated weights Gaussian, so the
+fixed codebook stays right. The scale of a block of 32 columns is chosen when the block's turn comes, on its compensated
+weights, by running the feedback inside the block for several candidates at once and keeping the one whose loss is
+smallest: the search sees ``H``, not only the weights.
+
+Order: the rotation makes the diagonal of ``H`` flat inside its own blocks, not across them. Blocks of 32 columns take
+their turns by falling energy of their inputs (GPTQ's act-order, by blocks): the last ones have nothing after them that
+could make up for their errors, and should matter least.
+
+Sweeps: what the first pass leaves is improved by coordinate descent. Block by block, given the errors of all the others,
+the best real values of a block are known; they are rounded as before, with feedback inside the block alone, and the result
+is kept where the loss falls.
 
 Drift: the inputs of a layer have changed, since the layers before it are quantized already. With ``x`` the original
 inputs and ``x'`` what arrives now, the best target is not ``W`` but the ``W*`` that minimises ``E |W x - W* x'|^2``,
 i.e. ``W + W (C - H) H^-1`` with ``C = E[x x'^T]`` and ``H = E[x' x'^T]`` (as in GPTAQ, Li et al. 2025, and Qronos,
 Zhang et al. 2025). Rounding then makes up for earlier errors, too.
 
-Cost: ``n k^2`` multiply-adds for the updates and ``k^3`` for the factors, in float32 (factors of up to 4,096 columns in
-float64).
+Cost: ``n k^2`` multiply-adds for the updates, twice that per sweep, and ``k^3`` for the factors, in float32 (factors of up
+to 4,096 columns in float64).
 """
 
 from __future__ import annotations
@@ -52,6 +59,7 @@ from .rotation import SCALE_BLOCK, pad_columns, padded_features, rotate, rotatio
 DAMPING = 0.03  # of the mean diagonal of H; ten times more for each factorisation that fails
 _ATTEMPTS = 6
 _CANDIDATES = 4  # scales per block for which the feedback is run
+_SWEEPS = 2  # of coordinate descent after it
 _LARGEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
 _ROWS = 8192  # rows at a time: bounds the temporary memory of the search
 _STRIP = 256  # columns: on a CPU only what lies on or above the diagonal of `H` is summed up, in strips
@@ -90,24 +98,43 @@ class Moments:
     def feedback(self, group_size: int, seed: int) -> Feedback:
         """What :func:`quantize_weight_calibrated` needs, for layers with these inputs."""
         hessian = rotated_moments(self.now, group_size, seed)
-        factor, scale = feedback_factor(hessian)
-        if not self.drift.any():
-            return Feedback(factor, None)
-        # W + W (C - H) H^-1 is a regression of k unknowns per output on `count` samples: with few samples it would fit
-        # noise, so its damping has the share k / count in addition.
-        dtype = _working_dtype(factor.shape[0])
-        damped = hessian.to(dtype) / scale
-        damped.diagonal().add_(DAMPING + factor.shape[0] / self.count)
-        drift = rotated_moments(self.drift, group_size, seed).to(dtype) / scale
-        correction = torch.cholesky_solve(drift.T, torch.linalg.cholesky(damped)).T
-        return Feedback(factor, correction.float())
+        order = block_order(hessian)
+        columns = columns_of(order)
+        factor, scale, damping = feedback_factor(hessian[columns[:, None], columns])
+        correction = None
+        if self.drift.any():
+            # W + W (C - H) H^-1 is a regression of k unknowns per output on `count` samples: with few samples it would fit
+            # noise, so its damping has the share k / count in addition.
+            dtype = _working_dtype(factor.shape[0])
+            damped = hessian.to(dtype) / scale
+            damped.diagonal().add_(DAMPING + factor.shape[0] / self.count)
+            drift = rotated_moments(self.drift, group_size, seed).to(dtype) / scale
+            correction = torch.cholesky_solve(drift.T, torch.linalg.cholesky(damped)).T.float()
+            del damped, drift
+        hessian = hessian[columns[:, None], columns].div_(scale)
+        hessian.diagonal().add_(damping)
+        return Feedback(order, factor, hessian, correction)
 
 
 class Feedback(NamedTuple):
-    """Of a layer's rotated inputs: ``factor`` ``U`` [c, c]; ``correction`` [c, c]: the target is ``W + W correction``."""
+    """Of a layer's rotated inputs, whose blocks of 32 columns take their turns in ``order`` int64 [c / 32]. In that order:
+    ``hessian`` ``H`` [c, c] with a mean diagonal of one, damped, and ``factor`` ``U`` [c, c], the upper one of its inverse.
+    In the natural order: ``correction`` [c, c]; the target is ``W + W correction``."""
 
+    order: Tensor
     factor: Tensor
+    hessian: Tensor
     correction: Tensor | None
+
+
+def block_order(hessian: Tensor) -> Tensor:
+    """Blocks of 32 columns by falling energy, int64 [c / 32]."""
+    return hessian.diagonal().view(-1, SCALE_BLOCK).sum(1).argsort(descending=True, stable=True)
+
+
+def columns_of(order: Tensor) -> Tensor:
+    """The columns of blocks in ``order`` [b], int64 [b * 32]."""
+    return (order[:, None] * SCALE_BLOCK + torch.arange(SCALE_BLOCK, device=order.device)).flatten()
 
 
 def rotated_moments(moments: Tensor, group_size: int, seed: int) -> Tensor:
@@ -121,9 +148,9 @@ def _working_dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= _LARGEST_DOUBLE else torch.float32
 
 
-def feedback_factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """Upper Cholesky factor ``U`` [c, c] of ``(H / scale + damping)^-1 = U^T U`` in float32, and ``scale``, the mean
-    diagonal.
+def feedback_factor(hessian: Tensor) -> tuple[Tensor, float, float]:
+    """Upper Cholesky factor ``U`` [c, c] of ``(H / scale + damping)^-1 = U^T U`` in float32, ``scale``, the mean diagonal,
+    and ``damping``.
 
     Inputs that never occurred (a zero diagonal) and rank-deficient Hessians (one token of text) are what the damping is
     for: it grows until the factorisation succeeds.
@@ -148,8 +175,8 @@ def _conditional_deviations(damped: Tensor) -> tuple[Tensor, bool]:
     return lower.diagonal().flip(0), not failed
 
 
-def _factorised(hessian: Tensor, factorise: Callable[[Tensor], tuple[Tensor, bool]]) -> tuple[Tensor, float]:
-    """``factorise`` of the damped matrix with a mean diagonal of one, in float32, and that mean."""
+def _factorised(hessian: Tensor, factorise: Callable[[Tensor], tuple[Tensor, bool]]) -> tuple[Tensor, float, float]:
+    """``factorise`` of the damped matrix with a mean diagonal of one, in float32, that mean, and the damping."""
     if not torch.isfinite(hessian).all():
         raise QuantizationError(
             "the second moments of the calibration inputs have NaN or Inf: the model overflows in its dtype; load it in "
@@ -159,13 +186,13 @@ def _factorised(hessian: Tensor, factorise: Callable[[Tensor], tuple[Tensor, boo
     work = hessian.to(_working_dtype(size))
     mean = float(work.diagonal().mean())
     if mean <= 0:  # no input at all: nothing to feed back
-        return factorise(torch.eye(size, dtype=torch.float32, device=hessian.device))[0], 1.0
+        return factorise(torch.eye(size, dtype=torch.float32, device=hessian.device))[0], 1.0, 1.0
     work = work / mean
     damping = DAMPING
     for _ in range(_ATTEMPTS):
         found, succeeded = factorise(work + damping * torch.eye(size, dtype=work.dtype, device=work.device))
         if succeeded and torch.isfinite(found).all():
-            return found.float(), mean
+            return found.float(), mean, damping
         damping *= 10
     raise QuantizationError(
         f"the second moments of {size} calibration inputs cannot be factorised, even with {damping / 10:g} times "
@@ -175,7 +202,7 @@ def _factorised(hessian: Tensor, factorise: Callable[[Tensor], tuple[Tensor, boo
 
 def feedback_gain(hessian: Tensor) -> float:
     """What feedback leaves of the loss of rounding, as the inputs alone tell it: the mean of ``1 / U_jj^2`` over the mean
-    diagonal of ``H``, if the errors before feedback are white.
+    diagonal of ``H``, if the errors before feedback are white. The sweeps take another twentieth of any layer's.
 
     ``1 / U_jj^2`` is what is left of input ``j`` when those after it have predicted it, so one Cholesky factor of ``H`` with
     its columns in reverse is enough.
@@ -183,7 +210,8 @@ def feedback_gain(hessian: Tensor) -> float:
     Raises:
         QuantizationError: as :func:`feedback_factor`.
     """
-    return float(_factorised(hessian, _conditional_deviations)[0].square().mean())
+    columns = columns_of(block_order(hessian))
+    return float(_factorised(hessian[columns[:, None], columns], _conditional_deviations)[0].square().mean())
 
 
 @torch.no_grad()
@@ -208,8 +236,9 @@ def quantize_weight_calibrated(
     check_matrix(weight, name)
     k = weight.shape[1]
     columns, block = padded_features(k), rotation_block(k, group_size)
-    factor, correction = feedback
-    assert factor.shape == (columns, columns), f"factor {tuple(factor.shape)} for {columns} columns"
+    correction = feedback.correction
+    assert feedback.factor.shape == (columns, columns), f"factor {tuple(feedback.factor.shape)} for {columns} columns"
+    turns, places = columns_of(feedback.order), feedback.order.argsort()
     parts = []
     for rows in weight.split(_ROWS):
         rows = rows.float()
@@ -217,7 +246,8 @@ def quantize_weight_calibrated(
         rows = rotate(pad_columns(rows * torch.exp2(-shift.float())[:, None], columns), block, seed)
         if correction is not None:
             rows = rows + rows @ correction
-        index, scales, exponents = _quantize_rows(rows, factor, bits, residual_bits)
+        index, scales, exponents = _quantize_rows(rows[:, turns], feedback, bits, residual_bits)
+        index, scales = index[:, columns_of(places)], scales[:, places]
         exponents = exponents + shift
         if int(exponents.max()) > MAX_EXPONENT:
             raise QuantizationError(
@@ -231,30 +261,84 @@ def quantize_weight_calibrated(
     return PackedWeight.join(parts)
 
 
-def _quantize_rows(rows: Tensor, factor: Tensor, bits: int, residual_bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated float32 rows [r, c] -> index uint8 [r, c], scales uint8 [r, c / 32], exponents int32 [r]."""
-    rows = rows.clone()
+def _quantize_rows(target: Tensor, feedback: Feedback, bits: int, residual_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated float32 rows [r, c], columns in the order of ``feedback`` -> index uint8 [r, c], scales uint8 [r, c / 32],
+    exponents int32 [r]."""
+    rows, factor = target.clone(), feedback.factor
     count, columns = rows.shape
-    values = scale_tensor(rows.device, torch.float32)
     index = torch.empty(count, columns, dtype=torch.uint8, device=rows.device)
     scales = torch.empty(count, columns // SCALE_BLOCK, dtype=torch.uint8, device=rows.device)
     exponents = _row_exponents(rows, bits, residual_bits)
     power = torch.exp2(exponents.float())
     for start in range(0, columns, SCALE_BLOCK):
         stop = start + SCALE_BLOCK
-        block = rows[:, start:stop].contiguous()
-        ranked = rank_scales(block, block.square().mean(1).sqrt(), bits, residual_bits, _CANDIDATES)
-        byte = nearest_index(ranked / power[:, None], scale_boundaries(rows.device))
-        codes, errors, losses = feed_back(
-            block, values[byte.long()] * power[:, None], factor[start:stop, start:stop], bits, residual_bits
+        codes, byte, errors, _ = _round_block(
+            rows[:, start:stop], power, factor[start:stop, start:stop], bits, residual_bits
         )
-        best = losses.argmin(1)
-        every = torch.arange(count, device=rows.device)
-        index[:, start:stop] = codes[every, best]
-        scales[:, start // SCALE_BLOCK] = byte[every, best].to(torch.uint8)
+        index[:, start:stop] = codes
+        scales[:, start // SCALE_BLOCK] = byte
         if stop < columns:
-            rows[:, stop:].addmm_(errors[every, best], factor[start:stop, stop:], alpha=-1)
+            rows[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    del rows
+    _sweep(target, index, scales, power, feedback.hessian, bits, residual_bits)
     return index, *_normalized(scales, exponents)
+
+
+def _round_block(
+    block: Tensor, power: Tensor, factor: Tensor, bits: int, residual_bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The 32 columns of ``block`` [r, 32] with feedback among themselves and the scale of least loss.
+
+    Returns codes uint8 [r, 32], scales uint8 [r], errors over the diagonal of ``factor`` [32, 32] float32 [r, 32], losses [r].
+    """
+    block = block.contiguous()
+    ranked = rank_scales(block, block.square().mean(1).sqrt(), bits, residual_bits, _CANDIDATES)
+    byte = nearest_index(ranked / power[:, None], scale_boundaries(block.device))
+    scale = scale_tensor(block.device, torch.float32)[byte.long()] * power[:, None]
+    codes, errors, losses = feed_back(block, scale, factor, bits, residual_bits)
+    best = losses.argmin(1, keepdim=True)
+    wide = best[:, :, None].expand(-1, -1, SCALE_BLOCK)
+    return (
+        codes.gather(1, wide)[:, 0],
+        byte.gather(1, best)[:, 0].to(torch.uint8),
+        errors.gather(1, wide)[:, 0],
+        losses.gather(1, best)[:, 0],
+    )
+
+
+def _sweep(
+    target: Tensor, index: Tensor, scales: Tensor, power: Tensor, hessian: Tensor, bits: int, residual_bits: int
+) -> None:
+    """Coordinate descent on ``tr(E H E^T)`` with ``E`` what is left of ``target`` [r, c]; ``index`` and ``scales`` in place.
+
+    With the errors ``E_o`` of all the other blocks given, the best real values of block ``b`` are ``target_b + E_o H_ob
+    H_bb^-1``, and the loss grows from there by ``H_bb``.
+    """
+    columns = target.shape[1]
+    starts = range(0, columns, SCALE_BLOCK)
+    inside = torch.stack([hessian[start : start + SCALE_BLOCK, start : start + SCALE_BLOCK] for start in starts])
+    inverses = torch.cholesky_inverse(torch.linalg.cholesky(inside.double()))
+    factors = torch.linalg.cholesky(inverses, upper=True).float()
+    inverses = inverses.float()
+    levels = level_tensor(bits, residual_bits, target.device)
+    values = scale_tensor(target.device, torch.float32)
+    scale = values[scales.long()] * power[:, None]
+    left = target - (levels[index.long()].view(*scale.shape, SCALE_BLOCK) * scale[:, :, None]).flatten(1)
+    for _ in range(_SWEEPS):
+        pull = left @ hessian
+        for number, start in enumerate(starts):
+            block = slice(start, start + SCALE_BLOCK)
+            before = left[:, block].clone()
+            wanted = pull[:, block] @ inverses[number]  # what is left of this block, and what the others would have it add
+            best = target[:, block] + wanted - before
+            codes, byte, _, losses = _round_block(best, power, factors[number], bits, residual_bits)
+            better = losses < ((wanted @ inside[number]) * wanted).sum(1)
+            codes = torch.where(better[:, None], codes, index[:, block])
+            byte = torch.where(better, byte, scales[:, number])
+            index[:, block], scales[:, number] = codes, byte
+            after = target[:, block] - levels[codes.long()] * (values[byte.long()] * power)[:, None]
+            left[:, block] = after
+            pull.addmm_(after - before, hessian[block])
 
 
 def feed_back(block: Tensor, scale: Tensor, factor: Tensor, bits: int, residual_bits: int) -> tuple[Tensor, Tensor, Tensor]:
