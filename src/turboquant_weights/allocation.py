@@ -4,13 +4,16 @@ A unit of weights (a layer, or several that a kernel wants alike) with sensitivi
 D(bits)`` nats, and units add up. ``D`` falls about fourfold per bit, so on the lower convex hull of a unit's choices
 every further bit gains less per byte than the one before, and taking the steps of all units in the order of gain per
 byte is optimal up to the last step (Shoham & Gersho 1988). The result is the rule ``bits = const + 1/2 log2(a /
-weights)`` with the ends cut off, in whole bits and exact bytes.
+weights)`` with the ends cut off, in whole bits and exact bytes. What the last step leaves of the budget is used up by
+exchanges: one unit changes, or one gives and another takes, as long as that pays.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+
+import torch
 
 from .config import EmbeddingBits, Grades, is_graded
 from .errors import ConfigError
@@ -208,7 +211,36 @@ def allocate(
         choice[unit] = step
         total += more
         kl += after[1] - before[1]
+    if max_bytes is not None:
+        _exchange(hulls, choice, limited=0, room=max_bytes - total)
+    elif max_kl is not None:
+        _exchange(hulls, choice, limited=1, room=max_kl * (1 - 1e-9) - kl)  # sums are rounded
     return _allocation(units, hulls, choice, other_bytes, dense_bytes)
+
+
+def _exchange(hulls: Sequence[list[Point]], choice: list[int], *, limited: int, room: float) -> None:
+    """Changes ``choice``, a unit or two at a time, always the change that lowers the one of (bytes, kl) most that is not
+    ``limited`` while the other rises by at most ``room``, until none does."""
+    owner = torch.tensor([u for u, hull in enumerate(hulls) for _ in hull])
+    place = [i for hull in hulls for i in range(len(hull))]
+    points = torch.tensor([point[:2] for hull in hulls for point in hull], dtype=torch.float64)
+    starts = [0]
+    for hull in hulls:
+        starts.append(starts[-1] + len(hull))
+    while True:
+        now = points[torch.tensor([start + i for start, i in zip(starts, choice, strict=False)])]
+        change = points - now[owner]  # of one unit to each of its points; to the one that it is at: none
+        spent, won = change[:, limited], change[:, 1 - limited]
+        total = won[:, None] + won[None, :]
+        total.masked_fill_(spent[:, None] + spent[None, :] > room, torch.inf)
+        total.masked_fill_(owner[:, None] == owner[None, :], torch.inf)
+        best = int(total.argmin())
+        pair = divmod(best, len(points))
+        if len(hulls) < 2 or float(total.flatten()[best]) >= -1e-9 * float(now[:, 1 - limited].sum()):
+            return
+        for point in pair:
+            choice[int(owner[point])] = place[point]
+            room -= float(spent[point])
 
 
 def _allocation(
