@@ -67,25 +67,21 @@ def test_budgets_hold_and_are_used(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_budgets_are_used_up(seed: int) -> None:
-    """Against all choices of bits: as good as the best, or nearly; a greedy rule alone loses a half here at worst."""
-    some = units(5, seed)
-    choices = [*ERRORS, None]
-    every = torch.tensor(
-        [
-            (sum(u.bytes(b) for u, b in zip(some, bits, strict=True)), sum(u.kl(b) for u, b in zip(some, bits, strict=True)))
-            for bits in itertools.product(choices, repeat=5)
-        ],
-        dtype=torch.float64,
-    )
-    size, kl = every.T
-    for ratio in (2.2, 2.9, 3.4, 4.1, 5.3):
-        limit = float(size.max()) / ratio
-        found = allocate(some, 0, max_bytes=limit)
-        assert found.total_bytes <= limit
-        assert found.expected_kl <= 1.1 * float(kl[size <= limit].min())
-        smallest = allocate(some, 0, max_kl=found.expected_kl)
-        assert smallest.expected_kl <= found.expected_kl
-        assert smallest.total_bytes <= 1.02 * float(size[kl <= found.expected_kl].min())
+    """Against the straight lines between the allocations on the hull, which nothing can be below."""
+    some = units(80, seed)
+    path = steps(some, 0)
+    for low, high in itertools.pairwise(path):
+        if low.ratio > 4.5 or high.ratio < 2.5:
+            continue
+        middle = (low.total_bytes + high.total_bytes) // 2
+        share = (middle - low.total_bytes) / (high.total_bytes - low.total_bytes)
+        bound = low.expected_kl + share * (high.expected_kl - low.expected_kl)
+        found = allocate(some, 0, max_bytes=middle)
+        assert found.total_bytes <= middle
+        assert bound * 0.999999 <= found.expected_kl <= 1.01 * bound
+        smallest = allocate(some, 0, max_kl=bound)
+        assert smallest.expected_kl <= bound
+        assert middle - 1 <= smallest.total_bytes <= 1.005 * middle
 
 
 def test_what_does_not_fit_is_an_error() -> None:

@@ -289,7 +289,7 @@ def _round_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The 32 columns of ``block`` [r, 32] with feedback among themselves and the scale of least loss.
 
-    Returns codes uint8 [r, 32], scales uint8 [r], errors over the diagonal of ``factor`` [32, 32] float32 [r, 32], losses [r].
+    Returns codes uint8 [r, 32], scales uint8 [r], float32 errors over the diagonal of ``factor`` [r, 32], losses [r].
     """
     block = block.contiguous()
     ranked = rank_scales(block, block.square().mean(1).sqrt(), bits, residual_bits, _CANDIDATES)
