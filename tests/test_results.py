@@ -18,7 +18,15 @@ def check(lines):
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2-h100", "calibrated-smollm2-h100", "whole-file-smollm2-h100", "peers-smollm2-cpu", "gemma3-cpu"]
+    "name",
+    [
+        "smollm2-h100",
+        "calibrated-smollm2-h100",
+        "whole-file-smollm2-h100",
+        "whole-file-wikitext-smollm2-h200",
+        "peers-smollm2-cpu",
+        "gemma3-h100",
+    ],
 )
 def test_quality(name):
     check(TABLES["quality_table"](ROOT / f"benchmarks/results/quality-{name}.json"))
