@@ -215,6 +215,12 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file, after every row")
     args = parser.parse_args()
+    peers = PEERS | llama_cpp_rows(args.gguf)
+    names = [*peers, *our_rows(None, Calibration())]
+    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows)]
+    if args.list or not chosen:
+        print(*(chosen or names), sep="\n")
+        sys.exit(0 if chosen else f"no row matches {args.rows}; the rows are listed above")
 
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = load_dense(args.gguf, dtype=torch.float32)
@@ -225,12 +231,7 @@ def main() -> None:
     calibration = torch.cat(
         [text_windows(tokenizer, text, args.length, args.calibration_windows, bos=args.bos or None) for text in sources]
     )
-    peers = PEERS | llama_cpp_rows(args.gguf)
     ours = our_rows(tokenizer, Calibration(calibration, samples=len(calibration), sample_length=calibration.shape[1]))
-    chosen = [n for n in (*peers, *ours) if any(fnmatch.fnmatchcase(n, pattern) for pattern in args.rows)]
-    if args.list or not chosen:
-        print(*(chosen or (*peers, *ours)), sep="\n")
-        sys.exit(0 if chosen else f"no row matches {args.rows}; the rows are listed above")
 
     texts = {
         path.stem: text_windows(tokenizer, path.read_text(encoding="utf-8"), args.length, args.windows, bos=args.bos or None)
