@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def test_sweeps_lower_the_loss_of_every_row(bits: int, residual_bits: int, monke
         packed = feedback.quantize_weight_calibrated(weight, given, **layout)
         left = target - rotate(reference.dequantize_weight(packed, 192, **layout), 64, 0).double()[:, turns]
         losses.append(((left @ given.hessian.double()) * left).sum(1))
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-4)).all()
     assert losses[1].sum() < 0.985 * losses[0].sum()
     assert losses[2].sum() < 0.998 * losses[1].sum()
