@@ -26,6 +26,7 @@ from turboquant_weights import Calibration, TurboQuantConfig, feedback, quantize
 from turboquant_weights.calibration import Calibrator
 from turboquant_weights.evaluation import compare, text_windows
 from turboquant_weights.integrations.transformers import load_dense
+from turboquant_weights.rotation import SCALE_BLOCK
 
 Change = Callable[[], Any]
 
@@ -62,12 +63,20 @@ def without_order() -> Any:
     return stack
 
 
+def natural_order() -> Any:
+    blocks = lambda hessian: torch.arange(len(hessian) // SCALE_BLOCK, device=hessian.device)  # noqa: E731
+    return mock.patch.object(feedback, "block_order", blocks)
+
+
 LINEAR: dict[str, tuple[Change | None, dict[str, int]]] = {
     "as shipped": (None, {}),
     "without drift": (without_drift, {}),
     "drift without regard to the number of tokens": (full_drift, {}),
     "one candidate per scale": (lambda: mock.patch.object(feedback, "_CANDIDATES", 1), {}),
     "eight candidates per scale": (lambda: mock.patch.object(feedback, "_CANDIDATES", 8), {}),
+    "blocks in natural order": (natural_order, {}),
+    "no sweeps": (lambda: mock.patch.object(feedback, "_SWEEPS", 0), {}),
+    "three sweeps": (lambda: mock.patch.object(feedback, "_SWEEPS", 3), {}),
     "damping 0.1": (lambda: mock.patch.object(feedback, "DAMPING", 0.1), {}),
     "block by block, not layer by layer": (without_order, {}),
     "16 samples": (None, {"samples": 16}),
@@ -111,7 +120,7 @@ def main() -> None:
             config = TurboQuantConfig(embeddings={"*": (4, 0)}, skip=("model.*",))
             share = EMBEDDING[name]
             calibration = {} if share is None else {"calibration": True, "tokenizer": tokenizer}
-            with mock.patch.object(quantize, "_LOOKUP_SHARE", share):
+            with mock.patch.object(quantize, "LOOKUP_SHARE", share):
                 quantize_model(quantized, config, progress=False, **calibration)
         seconds = time.perf_counter() - start
         cells, row = [name], {}

@@ -84,6 +84,20 @@ def test_budgets_are_used_up(seed: int) -> None:
         assert middle - 1 <= smallest.total_bytes <= 1.005 * middle
 
 
+@pytest.mark.parametrize("ratio", [2.5, 3.7])
+def test_few_units_exchange_what_steps_leave(ratio: float) -> None:
+    """Against all choices of bits; the steps alone lose 1.66 and 1.98 times what they might."""
+    some = units(5, 3)
+    every = [
+        (sum(u.bytes(b) for u, b in zip(some, bits, strict=True)), sum(u.kl(b) for u, b in zip(some, bits, strict=True)))
+        for bits in itertools.product([*ERRORS, None], repeat=5)
+    ]
+    limit = max(size for size, _ in every) / ratio
+    found = allocate(some, 0, max_bytes=limit)
+    assert found.total_bytes <= limit
+    assert found.expected_kl < 1.5 * min(kl for size, kl in every if size <= limit)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"at most 7\.07 times"):
         allocate(units(5, 0), 0, max_bytes=100)

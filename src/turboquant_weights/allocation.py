@@ -4,13 +4,15 @@ A unit of weights (a layer, or several that a kernel wants alike) with sensitivi
 D(bits)`` nats, and units add up. ``D`` falls about fourfold per bit, so on the lower convex hull of a unit's choices
 every further bit gains less per byte than the one before, and taking the steps of all units in the order of gain per
 byte is optimal up to the last step (Shoham & Gersho 1988). The result is the rule ``bits = const + 1/2 log2(a /
-weights)`` with the ends cut off, in whole bits and exact bytes. What the last step leaves of the budget is used up by
-exchanges: one unit changes, or one gives and another takes, as long as that pays.
+weights)`` with the ends cut off, in whole bits and exact bytes. Where the last step leaves much of the budget, or takes
+more than it has to (few units, or large ones), exchanges follow: one unit changes, or one gives and another takes, as long
+as that pays.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -224,11 +226,9 @@ def _exchange(hulls: Sequence[list[Point]], choice: list[int], *, limited: int, 
     owner = torch.tensor([u for u, hull in enumerate(hulls) for _ in hull])
     place = [i for hull in hulls for i in range(len(hull))]
     points = torch.tensor([point[:2] for hull in hulls for point in hull], dtype=torch.float64)
-    starts = [0]
-    for hull in hulls:
-        starts.append(starts[-1] + len(hull))
+    starts = [end - len(hull) for end, hull in zip(itertools.accumulate(map(len, hulls)), hulls, strict=True)]
     while True:
-        now = points[torch.tensor([start + i for start, i in zip(starts, choice, strict=False)])]
+        now = points[torch.tensor([start + i for start, i in zip(starts, choice, strict=True)])]
         change = points - now[owner]  # of one unit to each of its points; to the one that it is at: none
         spent, won = change[:, limited], change[:, 1 - limited]
         total = won[:, None] + won[None, :]

@@ -111,7 +111,7 @@ class Moments:
             drift = rotated_moments(self.drift, group_size, seed).to(dtype) / scale
             correction = torch.cholesky_solve(drift.T, torch.linalg.cholesky(damped)).T.float()
             del damped, drift
-        hessian = hessian[columns[:, None], columns].div_(scale)
+        hessian = hessian[columns[:, None], columns].div_(scale)  # once more: kept, it would be memory at the peak above
         hessian.diagonal().add_(damping)
         return Feedback(order, factor, hessian, correction)
 
@@ -202,7 +202,7 @@ def _factorised(hessian: Tensor, factorise: Callable[[Tensor], tuple[Tensor, boo
 
 def feedback_gain(hessian: Tensor) -> float:
     """What feedback leaves of the loss of rounding, as the inputs alone tell it: the mean of ``1 / U_jj^2`` over the mean
-    diagonal of ``H``, if the errors before feedback are white. The sweeps take another twentieth of any layer's.
+    diagonal of ``H``, if the errors before feedback are white. The sweeps take about another twentieth of any layer's.
 
     ``1 / U_jj^2`` is what is left of input ``j`` when those after it have predicted it, so one Cholesky factor of ``H`` with
     its columns in reverse is enough.
