@@ -91,6 +91,22 @@ def test_round_trip(model, saved):
     assert torch.equal(load(saved, model=like).eval()(IDS), model(IDS))
 
 
+def test_layers_of_one_weight_may_have_planes_of_their_own(model, tmp_path):
+    """As calibration leaves them, which rounds each for the inputs of its own."""
+    quantize_model(model, CONFIG, progress=False)
+    model.twin = TurboQuantLinear.from_linear(nn.Linear(40, 40, bias=False), TurboQuantConfig(4, 2)).eval()
+    save(model, tmp_path / "out")
+    like = Everything()
+    assert like.twin.weight is like.first.weight
+    again = load(tmp_path / "out", model=like).eval()
+    assert torch.equal(again(IDS), model(IDS))
+    assert again.again is again.first
+    assert torch.equal(again.twin.codes, model.twin.codes)
+    assert not torch.equal(again.twin.codes, again.first.codes)
+    save(again, tmp_path / "out", overwrite=True)
+    assert torch.equal(load(tmp_path / "out", model=like).eval()(IDS), model(IDS))
+
+
 def test_on_meta_with_a_dtype_and_base_planes_alone(model, saved):
     with torch.device("meta"):
         like = Everything()

@@ -151,7 +151,7 @@ def plan_bits(
     config = config or TurboQuantConfig()
     calibrated = tokens is not None if calibrated is None else calibrated
     patterns = config.skip if skip is None else skip
-    embeddings, left = _embeddings(model, config, patterns or ())
+    embeddings, left = find_embeddings(model, config, patterns or ())
     heads = tied_heads(model, embeddings)
     found, _ = find_stacks(model, config)
     # Without patterns, what is tied to an embedding is skipped unless it is told to be on its planes.
@@ -247,7 +247,7 @@ def _row_sensitivities(
     return {name: crossed if head is not None else crossed * (values[name] / crossed.sum())}
 
 
-def _embeddings(
+def find_embeddings(
     model: nn.Module, config: TurboQuantConfig, patterns: Sequence[str]
 ) -> tuple[dict[str, nn.Embedding], dict[str, str]]:
     """Embeddings by the first of their names, of those that share a weight the first; and those that stay dense, and why."""

@@ -312,13 +312,13 @@ def persistent_buffers(model: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
-def dense_reasons(model: nn.Module, names: Collection[str], stacks: Mapping[str, str]) -> dict[str, str]:
-    """Why each of these parameters stays dense; ``stacks``: what :func:`find_stacks` says about those it could not use."""
+def dense_reasons(model: nn.Module, names: Collection[str], left: Mapping[str, str]) -> dict[str, str]:
+    """Why each of these parameters stays dense; ``left``: the reasons that are known already (:class:`Job`)."""
     reasons = {}
     for name in names:
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name in stacks:
-            reasons[name] = stacks[name]
+        if name in left:
+            reasons[name] = left[name]
         elif type(owner) is nn.Embedding:
             reasons[name] = "an embedding; name it in embeddings to quantize it"
         elif isinstance(owner, nn.Embedding):
@@ -333,7 +333,8 @@ class Job:
     """What is to be done to a model: :func:`prepare` has checked that it can be. ``config`` is that of the checkpoint;
     ``targets``: linear layers; ``stacks``: expert stacks and their layouts; ``embeddings``: names and settings, ``grades``:
     the same of those that are graded; ``tied``: heads that get an embedding's planes; ``left``: parameters that might be
-    stacks, and why they are not quantized; ``twins``: linear layers that had the weight of an earlier one, and its name."""
+    stacks, and embeddings that a budget could not buy, and why they are not quantized; ``twins``: linear layers that had the
+    weight of an earlier one, and its name."""
 
     model: nn.Module
     config: TurboQuantConfig

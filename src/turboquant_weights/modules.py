@@ -162,7 +162,7 @@ Place = tuple[nn.Module, str, str]
 def _declare(model: nn.Module, info: CheckpointInfo, base_only: bool) -> None:
     """Puts empty quantized modules on the meta device where the checkpoint has planes."""
     config = info.config.base_only() if base_only else info.config
-    twins: dict[int, TurboQuantLinear] = {}
+    stored = {layer.name for layer in info.layers}
     for layer in info.layers:
         path, _, key = layer.name.rpartition(".")
         modules = dict(model.named_modules())
@@ -186,11 +186,14 @@ def _declare(model: nn.Module, info: CheckpointInfo, base_only: bool) -> None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             rows, columns = weight.shape[::-1] if is_conv1d(module) else weight.shape
+            planes = TurboQuantLinear(columns, rows, False, config.for_layer(layer.name), "meta", weight.dtype).packed
             for name, other in modules.items():  # linear layers tied to each other
                 if not is_linear(other) or other.weight is not weight:
                     continue
+                if name != layer.name and name in stored:  # has planes of its own: calibration rounds each for its inputs
+                    continue
                 new = TurboQuantLinear(columns, rows, False, config.for_layer(layer.name), "meta", weight.dtype)
-                new._set_planes(twins.setdefault(id(weight), new).packed)
+                new._set_planes(planes)
                 new.bias = other.bias
                 replace_module(model, name, new.train(other.training))
         else:

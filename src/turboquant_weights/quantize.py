@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .budget import one_budget, plan_bits
+from .budget import find_embeddings, one_budget, plan_bits
 from .calibration import LOOKUP_SHARE, Calibrator, as_calibration, layout
 from .config import TurboQuantConfig, with_skip
 from .embedding import TurboQuantEmbedding, check_forward
@@ -102,9 +102,13 @@ def quantize_model(
     has_budget = any(value is not None for value in budget.values())
     if has_budget:
         one_budget(budget)
+    # From the model, not from the plan: a run that is resumed has the plan's bits only.
+    left = find_embeddings(model, config, config.skip or ())[1] if has_budget else {}
+    notes = {f"{name}.weight": reason for name, reason in left.items()}
     if calibration is None:
         config, expected = _to_budget(model, config, budget, None, None, None, progress)
         job = prepare(model, config)
+        job.left.update(notes)
         layers = quantize_without_data(job, progress)
         return finish(job, layers, time.perf_counter() - start, expected_kl=expected)
     settings = as_calibration(calibration)
@@ -119,6 +123,7 @@ def quantize_model(
             store = stack.enter_context(BlockStore(settings.resume, fingerprint(model, request, tokens)))
         config, expected = _to_budget(model, config, budget, tokens, device, store, progress)
         job = prepare(model, config, has_text=True)
+        job.left.update(notes)
         layers, uncalibrated = _calibrated(job, tokens, device, store, progress)
     return finish(job, layers, time.perf_counter() - start, expected_kl=expected, uncalibrated=uncalibrated)
 
