@@ -100,7 +100,8 @@ def check(x, bias, n, k, bits, residual_bits, group_size=128, seed=0, function=k
     size = exact.norm(dim=1)  # rows of every magnitude count alike
     error, allowed = (((y.double() - want) / size).norm() for y in (got, eager))
     assert error <= 2 * allowed + 1e-6 * x.double().norm()
-    assert torch.equal(got, function(x, packed, bias, k, **layout)), "not deterministic"
+    if CUDA:  # the interpreter runs programs one after another, always in the same order
+        assert torch.equal(got, function(x, packed, bias, k, **layout)), "not deterministic"
 
 
 def inputs(m: int, n: int, k: int, dtype=torch.float16, bias=True):
