@@ -77,6 +77,7 @@ LINEAR: dict[str, tuple[Change | None, dict[str, int]]] = {
     "blocks in natural order": (natural_order, {}),
     "no sweeps": (lambda: mock.patch.object(feedback, "_SWEEPS", 0), {}),
     "three sweeps": (lambda: mock.patch.object(feedback, "_SWEEPS", 3), {}),
+    "norm behind the last block not tuned": (lambda: mock.patch.object(quantize, "tune_tail", return_value=None), {}),
     "damping 0.1": (lambda: mock.patch.object(feedback, "DAMPING", 0.1), {}),
     "block by block, not layer by layer": (without_order, {}),
     "16 samples": (None, {"samples": 16}),

@@ -25,6 +25,7 @@ LEVELS = [
     {"tying"},
     {"feedback"},
     {"stream", "replay"},
+    {"tail"},
     {"calibration", "sensitivity", "allocation"},
     {"model", "fusion"},
     {"budget", "resume"},

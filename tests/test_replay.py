@@ -139,6 +139,25 @@ def test_half_precision_is_multiplied_in_float32_only_where_it_is_emulated(
         assert not any("forward" in module.__dict__ for module in linears)
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_so_is_the_head(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().bfloat16()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 32))
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: emulated)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seen: list[bool] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append("forward" in module.__dict__))
+    with BlockStream(model, tokens, torch.device("cpu")) as stream, torch.no_grad():
+        seen.clear()
+        hidden = stream.batches[0].hidden
+        logits = stream.tail(tokens, hidden)
+        assert seen == [emulated]
+        assert "forward" not in model.lm_head.__dict__
+        exact = model.lm_head(model.model.norm(hidden)).float()
+        torch.testing.assert_close(logits.float(), exact, rtol=0.02, atol=0.02)
+
+
 class Attentions(TorchDispatchMode):
     """Counts computed attentions."""
 

@@ -19,6 +19,7 @@ from .experts import TurboQuantExperts, changed, find_stacks, replace_parameter
 from .graded import GradedEmbedding
 from .linear import TurboQuantLinear, dense_weight, is_linear
 from .planes import PackedPlanes
+from .tail import Tuned
 from .tying import plan_embeddings, replace_embedding, replace_module, tied_heads, tied_modules
 
 # Bytes per weight of the yardstick: sizes are compared with the model in bf16, whatever dtype it is loaded in. What stays
@@ -65,7 +66,8 @@ class QuantizationReport:
     else a file holds (persistent buffers), each tied tensor once and in its own dtype, ``other_dense_bytes`` the same in
     bf16, ``skipped_bytes`` those of the skipped layers among them;
     ``expected_kl`` is what a budget's allocation expects, nats per token; ``uncalibrated`` are layers that the
-    calibration text did not reach, so that they were rounded without data.
+    calibration text did not reach, so that they were rounded without data; ``tuned`` are the vectors behind the last block
+    that calibration changed, with the KL divergence before and after, on a part of its text.
     """
 
     config: TurboQuantConfig
@@ -80,6 +82,7 @@ class QuantizationReport:
     uncalibrated: list[str] = dataclasses.field(default_factory=list)
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped_bytes: int = 0
+    tuned: Tuned | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -126,6 +129,7 @@ class QuantizationReport:
             "error": self.error,
             "expected_kl": self.expected_kl,
             "uncalibrated": self.uncalibrated,
+            "tuned": None if self.tuned is None else self.tuned._asdict(),
             "seconds": self.seconds,
         }
 
@@ -142,6 +146,9 @@ class QuantizationReport:
         ]
         if self.expected_kl is not None:
             lines.append(f"expected KL divergence {self.expected_kl:.5f} nats per token")
+        if self.tuned is not None:
+            names, before, after = self.tuned
+            lines.append(f"tuned {', '.join(names)}: KL divergence {before:.5f} to {after:.5f} nats on the calibration text")
         lines += [f"rounded without data, the text did not reach it: {name}" for name in self.uncalibrated]
         lines += [f"shares the planes of {embedding}: {head}" for head, embedding in self.tied.items()]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped.items()]

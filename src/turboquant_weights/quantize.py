@@ -37,6 +37,7 @@ from .reference import PackedWeight, Quantized, quantize_weight
 from .resume import BlockStore, fingerprint
 from .sensitivity import row_sensitivities, vocabulary_use
 from .stream import Batch, BlockStream
+from .tail import OriginalTail, Tuned, tune_tail
 from .tying import replace_embedding, replace_module
 
 try:
@@ -124,8 +125,9 @@ def quantize_model(
         config, expected = _to_budget(model, config, budget, tokens, device, store, progress)
         job = prepare(model, config, has_text=True)
         job.left.update(notes)
-        layers, uncalibrated = _calibrated(job, tokens, device, store, progress)
-    return finish(job, layers, time.perf_counter() - start, expected_kl=expected, uncalibrated=uncalibrated)
+        layers, uncalibrated, tuned = _calibrated(job, tokens, device, store, progress)
+    seconds = time.perf_counter() - start
+    return finish(job, layers, seconds, expected_kl=expected, uncalibrated=uncalibrated, tuned=tuned)
 
 
 def _to_budget(
@@ -155,8 +157,8 @@ def _to_budget(
 
 def _calibrated(
     job: Job, tokens: Tensor, device: torch.device, store: BlockStore | None, progress: bool
-) -> tuple[list[LayerReport], list[str]]:
-    """The layers that were replaced, and the names of those that the text did not reach."""
+) -> tuple[list[LayerReport], list[str], Tuned | None]:
+    """The layers that were replaced, the names of those that the text did not reach, and what was tuned behind them."""
     model = job.model
     layers: list[LayerReport] = []
     last = time.perf_counter()
@@ -192,10 +194,14 @@ def _calibrated(
     try:
         with dense_stacks(model, job.stacks), BlockStream(model, tokens, device) as stream:
             calibrator = Calibrator(stream, configs, install)
+            inside = {id(module) for block in stream.blocks for module in block.modules()}
+            behind = [name for name in job.targets if id(model.get_submodule(name)) not in inside]
+            tail = OriginalTail(stream, [*behind, *job.tied])
             _embeddings(job, calibrator, store, progress, embeddings)
             if embeddings:
                 calibrator.restart()
             calibrator.run(store, progress=progress)
+            tuned = tune_tail(stream, calibrator.original, tail)
     finally:  # also of a run that failed: their dense weights are rounded already
         for name, new in embeddings.items():
             old = model.get_submodule(name)
@@ -204,7 +210,7 @@ def _calibrated(
             reports.append(embedding_report(name, new, 0.0))
         for name, home in homes.items():  # the stream moved those outside the blocks while they were dense
             model.get_submodule(name).to(home)
-    return reports + layers, calibrator.unreached
+    return reports + layers, calibrator.unreached, tuned
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -122,15 +122,10 @@ class BlockStream:
         home = next(iter(homes)) if len(homes) == 1 else None
         if home != self.device:
             block.to(self.device)
-        emulated = [layer for layer in block.modules() if type(layer) is nn.Linear and _is_emulated(layer)]
-        for layer in emulated:
-            # A partial, because its arguments are copied with it.
-            layer.forward = functools.partial(_in_float32, layer)  # type: ignore[method-assign]
         try:
-            yield block
+            with _in_hardware(block.modules()):
+                yield block
         finally:
-            for layer in emulated:
-                del layer.forward
             if home is not None and home != self.device:
                 block.to(home)
 
@@ -143,7 +138,8 @@ class BlockStream:
         """What the model returns if ``hidden`` [s, l, d] is the output of the last block: logits [s, l, v], or the final
         hidden states if it has no head. Differentiable."""
         stubs = [lambda given, *args, **kwargs: self._output(given)] * (len(self.blocks) - 1)
-        with self._forwards([*stubs, lambda *args, **kwargs: self._output(hidden)]):
+        last = lambda *args, **kwargs: self._output(hidden)  # noqa: E731
+        with self._forwards([*stubs, last]), _in_hardware(self.outside()):
             output = self.model(input_ids=tokens, use_cache=False)
         return output.logits if self.has_logits else output[0]
 
@@ -158,6 +154,16 @@ class BlockStream:
         with self._forwards([first, *[first] * (len(self.blocks) - 1)]), contextlib.suppress(Stop):
             self.model(input_ids=tokens, use_cache=False)
         return seen[0]
+
+    def outside(self) -> list[nn.Module]:
+        """The model's modules, without its blocks and what is in them now."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        return [module for module in self.model.modules() if id(module) not in inside]
+
+    def outside_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Of the model, without those of its blocks as they are now."""
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        return [(name, value) for name, value in self.model.named_parameters() if id(value) not in inside]
 
     def _hidden(self, output: Any) -> Tensor:
         return output[0] if isinstance(output, tuple) else output
@@ -257,6 +263,20 @@ class BlockStream:
                 if tensor is not None and id(tensor) not in self._inside and tensor.device != device:
                     self._homes.append((module, name, tensor.device))
                     _move(module, name, device)
+
+
+@contextlib.contextmanager
+def _in_hardware(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block linear layers whose products this processor would emulate compute in float32."""
+    emulated = [layer for layer in modules if type(layer) is nn.Linear and _is_emulated(layer)]
+    for layer in emulated:
+        # A partial, because its arguments are copied with it.
+        layer.forward = functools.partial(_in_float32, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in emulated:
+            del layer.forward
 
 
 def _is_emulated(layer: nn.Linear) -> bool:
