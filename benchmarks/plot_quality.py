@@ -1,6 +1,6 @@
 """Draws quality against size from results of quality.py.
 
-    python benchmarks/plot_quality.py benchmarks/results/quality-{,calibrated-,whole-file-}smollm2-h100.json \\
+    python benchmarks/plot_quality.py benchmarks/results/quality-{smollm2-h100,{calibrated,whole-file}-smollm2-h200}.json \\
         benchmarks/results/quality-peers-smollm2-cpu.json --out benchmarks/results/quality-smollm2.svg
 
 Across: bits per parameter of the whole model, everything counted (bf16 is 16). Up: KL divergence from the reference on the

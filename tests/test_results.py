@@ -21,8 +21,8 @@ def check(lines):
     "name",
     [
         "smollm2-h100",
-        "calibrated-smollm2-h100",
-        "whole-file-smollm2-h100",
+        "calibrated-smollm2-h200",
+        "whole-file-smollm2-h200",
         "whole-file-wikitext-smollm2-h200",
         "peers-smollm2-cpu",
         "gemma3-h100",
