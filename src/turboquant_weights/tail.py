@@ -21,6 +21,7 @@ from .stream import Batch, BlockStream
 _TOKENS = 1 << 15  # read at most; every eighth piece of them decides whether the result is kept
 _PIECE = 1024  # tokens at a time: bounds the memory for logits
 _PIECES = 4  # per step
+_ROWS = 128  # tokens whose logits are in float32 at a time
 _RATE, _BETAS = 2e-3, (0.9, 0.95)  # of Adam, on changes relative to the parameter
 
 # Token ids, hidden states of the quantized model, and of the original one: [1, l, ...].
@@ -108,17 +109,19 @@ def tune_tail(stream: BlockStream, original: Sequence[Batch], tail: OriginalTail
             put(mine)
         return wanted, stream.tail(tokens, hidden)
 
+    @torch.no_grad()
     def mean_loss() -> float:
-        with torch.no_grad():
-            return sum(float(_divergence(*logits(piece))) for piece in check) / len(check)
+        return sum(_divergence(*logits(piece)) for piece in check) / len(check)
 
     def gradients(piece: Piece, names: Iterable[str]) -> tuple[Tensor | None, ...]:
         """Of the KL divergence; its derivative with respect to the logits is a difference of two softmaxes."""
         wanted, found = logits(piece)
+        error = torch.empty_like(found)
         with torch.no_grad():
-            error = found.float().softmax(-1).sub_(wanted.float().softmax(-1)).div_(found[..., 0].numel())
+            for p, q, out in _rows(wanted, found, error):
+                out.copy_(q.float().softmax(-1).sub_(p.float().softmax(-1)).div_(len(found.flatten(0, -2))))
         parameters = [named[name] for name in names]
-        return torch.autograd.grad(found, parameters, error.to(found.dtype), allow_unused=True)
+        return torch.autograd.grad(found, parameters, error, allow_unused=True)
 
     wants = {name: parameter.requires_grad for name, parameter in named.items()}
     before = mean_loss()
@@ -143,10 +146,18 @@ def tune_tail(stream: BlockStream, original: Sequence[Batch], tail: OriginalTail
     return Tuned(tuple(used), before, after)
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+def _divergence(wanted: Tensor, found: Tensor) -> float:
     """Mean of KL(wanted || found), nats, from logits [..., v]."""
-    p, q = (logits.float().log_softmax(-1) for logits in (wanted, found))
-    return (p.exp() * (p - q)).sum(-1).mean()
+    total = 0.0
+    for one, other in _rows(wanted, found):
+        p, q = (logits.float().log_softmax(-1) for logits in (one, other))
+        total += float((p.exp() * (p - q)).sum())
+    return total / len(found.flatten(0, -2))
+
+
+def _rows(*logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views [r, v] of a few tokens each: of a large vocabulary, float32 copies of all at once would be most of the memory."""
+    return zip(*(t.flatten(0, -2).split(_ROWS) for t in logits), strict=True)
 
 
 def _descend(
