@@ -156,7 +156,7 @@ def _divergence(wanted: Tensor, found: Tensor) -> float:
 
 
 def _rows(*logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views [r, v] of a few tokens each: of a large vocabulary, float32 copies of all at once would be most of the memory."""
+    """Views [r, v] of a few tokens each: float32 copies of all at once would be most of the memory."""
     return zip(*(t.flatten(0, -2).split(_ROWS) for t in logits), strict=True)
 
 
