@@ -87,7 +87,7 @@ def scratch_time(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits
 def measure_ours(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits: int, searching: bool) -> dict:
     tokens, columns = x.shape
     warp_groups = kernels.has_warp_groups(x.device, residual_bits, columns)
-    if tokens > crossover(4, residual_bits, columns, warp_groups):
+    if tokens > crossover(4, residual_bits, rows, columns, warp_groups):
         return dict(ours_us=scratch_time(x, planes, rows, residual_bits), schedule=None)
     if searching:
         schedule, microseconds = tune.tune(tokens, rows, columns, residual_bits, planes)

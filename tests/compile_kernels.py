@@ -95,10 +95,13 @@ def main(capability: int) -> None:
                 for tail in tails:
                     kernel = build(function, capability, 4, raw, **(one | options | dict(TAIL=tail)))
                     assert "ttg.local_" not in kernel.asm["ttgir"]  # what is rotated stays in its thread
-        build(dequantize.dequantize_kernel, capability, 4, **planes)
+            words = dict(RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.bfloat_assembly(bits, residual_bits), UNITS=4, PDL=pdl)
+            kernel = build(dequantize.dequantize_words_kernel, capability, 8, **words)
+            assert "ttg.local_" not in kernel.asm["ttgir"]  # a thread writes what it has read
+        build(dequantize.dequantize_kernel, capability, 4, **planes, PDL=pdl)
     activations = POINTERS | dict(x="*bf16")
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)
-    build(rotate.rotate_kernel, capability, 4, activations, TILES=64, INVERSE=True)
+    build(rotate.rotate_kernel, capability, 4, activations, TILES=64, INVERSE=True, PDL=pdl)
     floats = dict.fromkeys(("block", "scale", "factor", "boundaries", "levels", "errors", "losses"), "*fp32")
     for log_levels in (2, 4, 8):
         build(feedback.feed_back_kernel, capability, 4, floats | dict(codes="*u8"), LOG_LEVELS=log_levels, ROWS=32)

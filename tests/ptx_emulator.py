@@ -35,6 +35,22 @@ def _lop3(a, b, c, table):
     return out
 
 
+def _bfloat(word):
+    return np.stack([word << np.uint32(16), word & np.uint32(0xFFFF0000)], -1).view(np.float32).astype(np.float64)
+
+
+def _bfloat_word(pair):
+    """Rounds to nearest even by way of float32, which holds every product of two bfloat16 numbers."""
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(pair.astype(np.float32)).view(np.uint32).astype(np.uint64)
+    bits = np.where(bits & 0x7F800000 == 0x7F800000, bits, bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return (bits[..., 0] | bits[..., 1] << 16).astype(np.uint32)
+
+
+def _float(word):
+    return word.view(np.float32)
+
+
 OPERATIONS = {
     "mov": lambda a: a,
     "and": lambda a, b: a & b,
@@ -50,6 +66,10 @@ OPERATIONS = {
     "add.rn.f16x2": lambda a, b: _word(_half(a) + _half(b)),
     "mul.rn.f16x2": lambda a, b: _word(_half(a) * _half(b)),
     "fma.rn.f16x2": lambda a, b, c: _word(_half(a) * _half(b) + _half(c)),  # exact in double precision, rounded once
+    "fma.rn.bf16x2": lambda a, b, c: _bfloat_word(_bfloat(a) * _bfloat(b) + _bfloat(c)),  # c is -0 here
+    "mul.rn.f32": lambda a, b: (_float(a) * _float(b)).view(np.uint32),
+    "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
+    "cvt.rn.bf16x2.f32": lambda high, low: _bfloat_word(np.stack([_float(low), _float(high)], -1)),
 }
 
 
@@ -61,6 +81,9 @@ def run(assembly: str, results: int, operands: list[np.ndarray]) -> list[np.ndar
     for statement in text.split(";"):
         words = statement.strip().replace(",", " ").split()
         if not words or words[0] == ".reg" or words[0].startswith("prefetch"):
+            continue
+        if words[0] == "mov.b32" and len(words) == 4:  # {low, high}, pair
+            registers[words[1]], registers[words[2]] = registers[words[3]] & 0xFFFF, registers[words[3]] >> 16
             continue
         name = next(known for known in OPERATIONS if words[0].startswith(known))
         arguments = [registers[w] if w in registers else np.full_like(operands[0], int(w, 0)) for w in words[2:]]

@@ -29,7 +29,7 @@ from ptx_emulator import inline_asm_elementwise, run
 from turboquant_weights.errors import QuantizationError, ScheduleError
 from turboquant_weights.kernels import decode, schedule
 from turboquant_weights.kernels import linear as kernels
-from turboquant_weights.kernels.schedule import Rotating, Slices, SplitK, StreamK, choose, streamk_stages
+from turboquant_weights.kernels.schedule import Rotating, Rotation, Slices, SplitK, StreamK, choose, streamk_stages
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -164,7 +164,8 @@ def test_assembly_decodes_the_codebook_exactly(residual_bits):
 
 def test_assembly_results_share_no_register_with_operands():
     """Results are written before the last operand is read. The emulator cannot see that two of them share a register."""
-    for constraints in (decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS):
+    matmuls = decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS
+    for constraints in (*matmuls, decode._BFLOAT_BASE_CONSTRAINTS, decode._BFLOAT_NESTED_CONSTRAINTS):
         assert all(c.startswith("=&") for c in constraints.value.split(",") if "=" in c)
     assert inspect.getsource(decode).count('"=r,') == 2  # _register and the scales, which write their result last
 
@@ -382,6 +383,23 @@ def test_strided_input_and_leading_dimensions():
         assert torch.equal(got, kernels.linear(x.contiguous(), packed, None, 288, **layout))
 
 
+@pytest.mark.parametrize(
+    "turn", [Rotation(1, 16, 1024, 8), Rotation(2, 16, 4096, 8), Rotation(3, 16, 1024, 4), Rotation(1, 64, 8192, 8)]
+)
+@pytest.mark.parametrize("largest", [0, 2047, 4999])
+def test_every_division_of_the_rotation(turn, largest, monkeypatch):
+    """Also where the largest entry is another program's, and with more tokens than programs."""
+    monkeypatch.setattr(kernels, "rotation", lambda tokens, columns: turn)
+    monkeypatch.setattr(kernels, "ROTATION_PROGRAMS", 2)
+    x, bias = inputs(5, 35, 5000)
+    x[:, largest] = 3e4 * torch.arange(1, 6, device=DEVICE) / 5
+    kernels._plan.cache_clear()
+    try:
+        check(x, bias, 35, 5000, 4, 0, function=scheduled(SplitK(16, 64, 2, 1, 4)))
+    finally:
+        kernels._plan.cache_clear()
+
+
 @pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 1.0, 300.0, 6e4])
 def test_activations_of_any_magnitude(magnitude):
     """Half precision holds 6e4; its rotation by itself would not. Weights are small, so the result fits."""
@@ -509,6 +527,36 @@ def test_rotation_and_dequantization_equal_the_reference(dtype):
         assert (dense - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
 
 
+BFLOAT_LAYERS = [(35, 160), (6, 1120), (9, 4640)]
+
+
+def check_bfloat16(n, k, residual_bits, monkeypatch):
+    packed, _ = layer(n, k, 4, residual_bits)
+    ends = torch.tensor([-128, -120, 90, 112, 127], device=DEVICE)  # as far as exponents go, and what overflows
+    packed = packed._replace(exponents=torch.cat([ends.to(torch.int8), packed.exponents[5:]]))
+    exact = reference._decode_rows(packed, 4, residual_bits, torch.float64)
+    room = torch.full((n + 8, exact.shape[1]), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: room[:n])
+    dense = kernels.dequantize_rotated(packed, 4, residual_bits, torch.bfloat16)
+    assert torch.equal(dense, exact.to(torch.bfloat16))
+    assert (room[n:] == 7).all(), "wrote beyond the end"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("n", "k"), BFLOAT_LAYERS)
+def test_dequantization_to_bfloat16_rounds_once(n, k, residual_bits, assembly_on_cpu, monkeypatch):
+    check_bfloat16(n, k, residual_bits, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("n", "k"), BFLOAT_LAYERS)
+def test_dequantization_to_bfloat16_on_a_gpu(n, k, residual_bits, monkeypatch):
+    check_bfloat16(n, k, residual_bits, monkeypatch)
+
+
 def test_heuristic_covers_everything():
     for tokens in (1, 8, 16, 17, 64, 65, 256):
         for rows in (1, 100, 4096, 152064):
@@ -534,7 +582,7 @@ def test_heuristic_for_warp_groups_covers_everything():
                 if isinstance(chosen, StreamK):
                     assert chosen.serves(columns)
                     assert 2 <= chosen.stages <= 6
-                    assert chosen.block_m >= min(tokens, 128)
+                    assert chosen.block_m >= min(tokens, 64 if tokens <= 256 else 128)
                 else:
                     assert tokens <= 256
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -58,9 +59,14 @@ def _pair(value: float) -> str:
     return f"0x{_half_bits(value) * 0x10001:08x}"
 
 
-def _base_tables() -> tuple[int, ...]:
+def _bfloat_bits(value: float) -> int:
+    """Of a value that bfloat16 has."""
+    return struct.unpack("<I", struct.pack("<f", value))[0] >> 16
+
+
+def _base_tables(to_bits: Callable[[float], int] = _half_bits) -> tuple[int, ...]:
     """High bytes, low bytes of the eight magnitudes in half precision, and the byte of a sign: five signed 32-bit words."""
-    bits = [_half_bits(c + 0.5) for c in HALF_INTEGER_LEVELS[4]]
+    bits = [to_bits(c + 0.5) for c in HALF_INTEGER_LEVELS[4]]
     high, low = bytes(b >> 8 for b in bits), bytes(b & 255 for b in bits)
     words = (high[:4], high[4:], low[:4], low[4:], b"\x80\0\0\0")
     return tuple(int.from_bytes(word, "little", signed=True) for word in words)
@@ -91,30 +97,36 @@ def _base_assembly() -> str:
     return "".join(_BASE_WORD.format(**word) for word in words)
 
 
-def _nested_assembly(residual_bits: int) -> str:
+def _nested_word(residual_bits: int, codes: str, rest: str) -> list[str]:
+    """The level pairs of the columns (0, 2), (1, 3), (4, 6), (5, 7) of a word in the registers y0 to y3."""
     r, total = residual_bits, 4 + residual_bits
     keep = f"0x{(0xF << r) * 0x01010101:08x}"
     offset = _pair(-(1024.0 + 2 ** (total - 1) - 1))
     step, half = _pair(2.0 ** -(total - 2)), _pair(-(2.0 ** -(total - 1)))
     coefficients = [_pair(c) for c in POLYNOMIALS[4, r]]
+    odd = f"mov.b32 o, {codes}" if r == 4 else f"shr.u32 o, {codes}, {4 - r}"
+    lines = [
+        ".reg .b32 e, o, f, g, x, q, y0, y1, y2, y3, offset, step, half;",
+        f"mov.b32 offset, {offset}; mov.b32 step, {step}; mov.b32 half, {half};",
+        # Bytes of the whole index: even columns in e, odd ones in o.
+        f"shl.b32 e, {codes}, {r}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
+        f"{odd}; shr.u32 f, {rest}, 4; lop3.b32 o, o, f, {keep}, 0xE4;",
+    ]
+    for pair, (source, pick) in enumerate((("e", "0x4140"), ("o", "0x4140"), ("e", "0x4342"), ("o", "0x4342"))):
+        y = f"y{pair}"
+        lines.append(f"prmt.b32 x, {source}, 0x64646464, {pick}; add.rn.f16x2 x, x, offset;")
+        lines.append("fma.rn.f16x2 x, x, step, half; mul.rn.f16x2 q, x, x;")
+        lines.append(f"mov.b32 {y}, {coefficients[-2]}; mov.b32 g, {coefficients[-1]}; fma.rn.f16x2 {y}, q, g, {y};")
+        lines += [f"mov.b32 g, {c}; fma.rn.f16x2 {y}, {y}, q, g;" for c in coefficients[-3::-1]]
+        lines.append(f"mul.rn.f16x2 {y}, {y}, x;")
+    return lines
+
+
+def _nested_assembly(residual_bits: int) -> str:
     lines = []
     for word in (0, 1):
-        codes, rest = f"${8 + word}", f"${10 + word}"
-        odd = f"mov.b32 o, {codes}" if r == 4 else f"shr.u32 o, {codes}, {4 - r}"
-        lines += [
-            "{ .reg .b32 e, o, f, g, x, q, y, offset, step, half;",
-            f"mov.b32 offset, {offset}; mov.b32 step, {step}; mov.b32 half, {half};",
-            # Bytes of the whole index: even columns in e, odd ones in o.
-            f"shl.b32 e, {codes}, {r}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
-            f"{odd}; shr.u32 f, {rest}, 4; lop3.b32 o, o, f, {keep}, 0xE4;",
-        ]
-        for pair, (source, pick) in enumerate((("e", "0x4140"), ("o", "0x4140"), ("e", "0x4342"), ("o", "0x4342"))):
-            lines.append(f"prmt.b32 x, {source}, 0x64646464, {pick}; add.rn.f16x2 x, x, offset;")
-            lines.append("fma.rn.f16x2 x, x, step, half; mul.rn.f16x2 q, x, x;")
-            lines.append(f"mov.b32 y, {coefficients[-2]}; mov.b32 g, {coefficients[-1]}; fma.rn.f16x2 y, q, g, y;")
-            lines += [f"mov.b32 g, {c}; fma.rn.f16x2 y, y, q, g;" for c in coefficients[-3::-1]]
-            lines.append(f"mul.rn.f16x2 y, y, x; mul.rn.f16x2 ${4 * word + pair}, y, $12;")
-        lines.append("}")
+        lines += ["{", *_nested_word(residual_bits, f"${8 + word}", f"${10 + word}")]
+        lines += [f"mul.rn.f16x2 ${4 * word + pair}, y{pair}, $12;" for pair in range(4)] + ["}"]
     return "\n".join(lines)
 
 
@@ -124,6 +136,56 @@ def assembly(bits: int, residual_bits: int) -> str:
     if (bits, residual_bits) not in FAST:
         return ""
     return _nested_assembly(residual_bits) if residual_bits else _base_assembly()
+
+
+# For the dequantization: the word of codes $4 -> $0-$3, its eight weights in bfloat16, in the order of the columns. $5 is
+# the factor in float32, $6 a further power of two, twice in bfloat16. Without a residual $7-$11 are the tables, in bfloat16:
+# 8 significant bits times the 6 of a scale, rounded once. With one $7 has the residual of the eight columns.
+_BFLOAT_BASE = """{
+    .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, f, zero;
+    and.b32 t, $4, 0x88888888; shr.u32 u, t, 3; mul.lo.u32 v, u, 7;
+    lop3.b32 s, $4, v, 0x77777777, 0x82;
+    shr.u32 s2, s, 16; shr.u32 u2, u, 16;
+    prmt.b32 h0, $7, $8, s; prmt.b32 l0, $9, $10, s;
+    prmt.b32 h1, $7, $8, s2; prmt.b32 l1, $9, $10, s2;
+    prmt.b32 g0, $11, 0, u; prmt.b32 g1, $11, 0, u2;
+    xor.b32 h0, h0, g0; xor.b32 h1, h1, g1;
+    mov.b32 zero, 0x80008000; prmt.b32 f, $5, $5, 0x3232;  // zero: -0
+    prmt.b32 $0, l0, h0, 0x5140; prmt.b32 $1, l0, h0, 0x7362;
+    prmt.b32 $2, l1, h1, 0x5140; prmt.b32 $3, l1, h1, 0x7362;
+    fma.rn.bf16x2 $0, $0, f, zero; fma.rn.bf16x2 $1, $1, f, zero;
+    fma.rn.bf16x2 $2, $2, f, zero; fma.rn.bf16x2 $3, $3, f, zero;
+    fma.rn.bf16x2 $0, $0, $6, zero; fma.rn.bf16x2 $1, $1, $6, zero;
+    fma.rn.bf16x2 $2, $2, $6, zero; fma.rn.bf16x2 $3, $3, $6, zero;
+}"""
+# Widening the residual of eight columns to 4 bits each.
+_WIDEN = {
+    1: "shl.b32 w, $7, 12; or.b32 r, $7, w; and.b32 r, r, 0x000f000f; shl.b32 w, r, 6; or.b32 r, r, w;"
+    " and.b32 r, r, 0x03030303; shl.b32 w, r, 3; or.b32 r, r, w; and.b32 r, r, 0x11111111;",
+    2: "shl.b32 w, $7, 8; or.b32 r, $7, w; and.b32 r, r, 0x00ff00ff; shl.b32 w, r, 4; or.b32 r, r, w;"
+    " and.b32 r, r, 0x0f0f0f0f; shl.b32 w, r, 2; or.b32 r, r, w; and.b32 r, r, 0x33333333;",
+    4: "mov.b32 r, $7;",
+}
+
+
+def _bfloat_nested(residual_bits: int) -> str:
+    lines = ["{ .reg .b32 r, w, zero; .reg .b16 low, high; .reg .f32 a, b, c, d;", _WIDEN[residual_bits]]
+    lines += [*_nested_word(residual_bits, "$4", "r"), "mov.b32 zero, 0x80008000;"]
+    for i in (0, 1):
+        for pair, (first, second) in enumerate((("a", "c"), ("b", "d"))):
+            lines.append(f"mov.b32 {{low, high}}, y{2 * i + pair}; cvt.f32.f16 {first}, low; cvt.f32.f16 {second}, high;")
+            lines.append(f"mul.rn.f32 {first}, {first}, $5; mul.rn.f32 {second}, {second}, $5;")
+        for out, (low, high) in enumerate((("a", "b"), ("c", "d")), 2 * i):
+            lines.append(f"cvt.rn.bf16x2.f32 ${out}, {high}, {low}; fma.rn.bf16x2 ${out}, ${out}, $6, zero;")
+    return "\n".join([*lines, "}"])
+
+
+@functools.cache
+def bfloat_assembly(bits: int, residual_bits: int) -> str:
+    """PTX for ``dequantize_words_kernel``, for the same planes as :func:`assembly`."""
+    if (bits, residual_bits) not in FAST:
+        return ""
+    return _bfloat_nested(residual_bits) if residual_bits else _BFLOAT_BASE
 
 
 # Widening a residual plane to 4 bits per column. Two bits: the 16 columns of a word become two words.
@@ -157,7 +219,10 @@ _SCALE = tl.constexpr(
 _RESULTS = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r"
 _BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 14)
 _NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 6)
+_BFLOAT_BASE_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 8)
+_BFLOAT_NESTED_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 4)
 _H0, _H1, _L0, _L1, _SIGN = (tl.constexpr(word) for word in _base_tables())
+_BH0, _BH1, _BL0, _BL1, _ = (tl.constexpr(word) for word in _base_tables(_bfloat_bits))
 
 
 @triton.jit
@@ -177,6 +242,12 @@ def tables(RESIDUAL_BITS: tl.constexpr):
     else:
         words = (0, 0, 0, 0, 0)
     return words
+
+
+@triton.jit
+def bfloat_tables():
+    """Operands of :func:`bfloat_assembly` without a residual."""
+    return _register(_BH0), _register(_BH1), _register(_BL0), _register(_BL1), _register(_SIGN)
 
 
 @triton.jit
@@ -235,6 +306,22 @@ def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEM
     even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
     odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
     return tl.join(even, odd)
+
+
+@triton.jit
+def decode_bfloat(codes, rest, times, after, words, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Words of eight codes, their residual, the factors of :func:`bfloat_assembly`, :func:`bfloat_tables` -> four words each
+    of two bfloat16 numbers, in the order of the columns."""
+    if RESIDUAL_BITS == 0:
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASSEMBLY, _BFLOAT_BASE_CONSTRAINTS, [codes, times, after, words[0], words[1], words[2], words[3], words[4]],
+            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASSEMBLY, _BFLOAT_NESTED_CONSTRAINTS, [codes, times, after, rest], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )  # fmt: skip
+    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit

@@ -5,14 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_gather, decode_words, power_of_two, scale_pairs, tables
+from .decode import bfloat_tables, decode_bfloat, decode_gather, decode_words, power_of_two, scale_pairs, tables
+from .nvidia import wait_for_producer
 
 
 @triton.jit(do_not_specialize=["rows", "scale_stride", "groups"])
 def dequantize_kernel(
     codes, residual, scales, exponents, levels, out,
     rows, groups, code_stride, residual_stride, scale_stride, out_stride,
-    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (32 rows, 128 columns): ``out`` [rows, out_stride] in natural order, still rotated, row exponents applied."""
     first = tl.program_id(0) * 32
@@ -53,3 +54,51 @@ def dequantize_kernel(
     weight = weight * power_of_two(low)[:, None] * power_of_two(exponent - low)[:, None]
     address = out + row.to(tl.int64)[:, None] * out_stride + columns
     tl.store(address, weight.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (columns < groups * 32))
+    if PDL:
+        wait_for_producer()
+
+
+@triton.jit(do_not_specialize=["rows", "scale_stride", "groups"])
+def dequantize_words_kernel(
+    codes, residual, scales, exponents, out, rows, groups, code_stride, residual_stride, scale_stride, out_stride,
+    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same in bfloat16, from planes that :func:`bfloat_assembly` decodes: program (4 rows, ``UNITS * 512`` columns). In
+    each unit a thread reads a word of 8 codes and writes 16 bytes next to its neighbour's: no shared memory."""
+    thread = tl.arange(0, 256)
+    row = tl.program_id(0) * 4 + thread // 64
+    safe_row = tl.minimum(row, rows - 1).to(tl.int64)
+    word = tl.program_id(1) * (UNITS * 64) + thread % 64
+    code_address = codes.to(tl.pointer_type(tl.int32)) + safe_row * (code_stride // 4) + word
+    scale_address = scales + safe_row * scale_stride + word // 4
+    REST: tl.constexpr = tl.int32 if RESIDUAL_BITS == 4 else tl.uint16 if RESIDUAL_BITS == 2 else tl.uint8
+    rest_address = residual.to(tl.pointer_type(REST)) + word
+    if RESIDUAL_BITS > 0:
+        rest_address += safe_row * (residual_stride // RESIDUAL_BITS)
+    packed, rest, scale = (), (), ()  # all on their way before the first is used
+    for i in tl.static_range(UNITS):
+        live = word + i * 64 < groups * 4
+        packed += (tl.load(code_address + i * 64, mask=live, other=0, eviction_policy="evict_first"),)
+        scale += (tl.load(scale_address + i * 16, mask=live, other=0),)
+        if RESIDUAL_BITS > 0:
+            rest += (tl.load(rest_address + i * 64, mask=live, other=0, eviction_policy="evict_first"),)
+    # A scale byte is a half shifted right by 5, times 2**12 (and 2**7); what would leave float32's range comes afterwards.
+    exponent = tl.load(exponents + safe_row).to(tl.int32) + 19
+    excess = tl.maximum(exponent - 124, 0)
+    factor = power_of_two(exponent - excess)
+    after = ((excess + 127) << 7) * 0x10001
+    place = tl.arange(0, 1024)
+    out_row = tl.program_id(0) * 4 + place // 256
+    column = tl.program_id(1) * (UNITS * 256) + place % 256
+    address = out.to(tl.pointer_type(tl.int32)) + out_row.to(tl.int64) * (out_stride // 2) + column
+    words = bfloat_tables()
+    for i in tl.static_range(UNITS):
+        times = (scale[i].to(tl.int16) << 5).to(tl.float16, bitcast=True).to(tl.float32) * factor
+        refined = packed[i]
+        if RESIDUAL_BITS > 0:
+            refined = rest[i].to(tl.int32)
+        pairs = decode_bfloat(packed[i], refined, times.to(tl.int32, bitcast=True), after, words, RESIDUAL_BITS, ASSEMBLY)
+        pairs = pairs.reshape(1024)
+        tl.store(address + i * 256, pairs, mask=(out_row < rows) & (column + i * 256 < groups * 16))
+    if PDL:
+        wait_for_producer()

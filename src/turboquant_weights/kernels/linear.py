@@ -18,11 +18,23 @@ from ..codebook import level_tensor
 from ..errors import QuantizationError
 from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
-from .decode import TILE, assembly
-from .dequantize import dequantize_kernel
+from .decode import TILE, assembly, bfloat_assembly
+from .dequantize import dequantize_kernel, dequantize_words_kernel
 from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
 from .rotating import rotating_kernel, routed_kernel
-from .schedule import SLICE_ROWS, Rotating, Schedule, Slices, StreamK, choose, crossover, gpu_name, rotating
+from .schedule import (
+    ROTATION_PROGRAMS,
+    SLICE_ROWS,
+    Rotating,
+    Schedule,
+    Slices,
+    StreamK,
+    choose,
+    crossover,
+    gpu_name,
+    rotating,
+    rotation,
+)
 from .slices import MOST_TOKENS, slices_kernel
 from .splitk import splitk_kernel
 
@@ -37,9 +49,6 @@ if _IS_KNOWN_LAUNCHER:
         from .streamk import plane_block, registers, streamk_kernel, x_block
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_ROTATE_TILES = 16
-_ROTATE_PROGRAMS = 528
-_LARGEST_CHUNK = 1 << 14
 _SCRATCH_BYTES = 1 << 30
 _MAPS = 4096  # tensor maps that a layer's launches remember
 
@@ -115,15 +124,15 @@ def _streams(
 
 def _goes_through_scratch(tokens: int, packed: PackedWeight, bits: int, residual_bits: int) -> bool:
     codes, residual, scales, _ = packed
-    groups = scales.shape[1]
+    rows, groups = scales.shape
     columns = groups * SCALE_BLOCK
-    if tokens <= crossover(bits, residual_bits, columns):
+    if tokens <= crossover(bits, residual_bits, rows, columns):
         return False
     rest = codes if residual is None else residual
     strides = codes.stride(0), rest.stride(0), scales.stride(0)
     words = _in_words(codes.data_ptr(), _address(residual), scales.data_ptr(), *strides[:2], residual_bits)
     streams = _streams(codes.device, bits, residual_bits, groups, words, strides)
-    return tokens > crossover(bits, residual_bits, columns, streams)
+    return tokens > crossover(bits, residual_bits, rows, columns, streams)
 
 
 def _on_device_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -415,15 +424,12 @@ def _plan(
     for size in (2 * tokens * tiles * TILE, 4 * tokens, 4 * slots):
         offsets.append(offsets[-1] + -(-size // 256) * 256)
     total = offsets[3] + 4 * parts * part
-    chunk = min(_LARGEST_CHUNK, max(1024, triton.next_power_of_2(in_features)))
-    # Few enough programs to leave room on their multiprocessors for those of `streamk_kernel`.
-    most = _ROTATE_PROGRAMS // 4 if isinstance(schedule, StreamK) else _ROTATE_PROGRAMS
-    at_once = min(tokens, _ROTATE_PROGRAMS)
-    rotation_grid = (at_once, min(-(-tiles // _ROTATE_TILES), max(1, most // at_once)), 1)
-    rotation_arguments = (x_stride, tokens, slots, in_features, tiles, block**-0.5, _ROTATE_TILES, chunk, pdl)
+    turn = rotation(tokens, tiles * TILE)
+    rotation_grid = min(tokens, ROTATION_PROGRAMS), turn.parts, 1
+    rotation_arguments = (x_stride, tokens, slots, in_features, tiles, block**-0.5, turn.tiles, turn.chunk, pdl)
     return _Plan(
         product=product,
-        rotation=_Launch(rotate_scaled_kernel, rotation_grid, rotation_arguments, 8, pdl),
+        rotation=_Launch(rotate_scaled_kernel, rotation_grid, rotation_arguments, turn.warps, pdl),
         constants=constants,
         levels=levels,
         constant_addresses=tuple(t.data_ptr() for t in constants),
@@ -592,20 +598,29 @@ def routed(
     return out
 
 
-def dequantize_rotated(packed: PackedWeight, bits: int, residual_bits: int, dtype: torch.dtype) -> Tensor:
-    """The dense matrix [rows, columns] that the planes hold, rotated as stored, in ``dtype``."""
+def dequantize_rotated(packed: PackedWeight, bits: int, residual_bits: int, dtype: torch.dtype, pdl: bool = False) -> Tensor:
+    """The dense matrix [rows, columns] that the planes hold, rotated as stored, in ``dtype``. With ``pdl`` it runs beside
+    the launch before it, a :func:`_rotate` with ``pdl``."""
     codes, residual, scales, exponents = packed
     rows, groups = scales.shape
     rest = codes if residual is None else residual
     out = torch.empty((rows, groups * SCALE_BLOCK), dtype=dtype, device=codes.device)
-    # Assembly rounds level * scale to half precision: too coarse for float32.
     aligned = _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(0), rest.stride(0), residual_bits)
     words = _capability(codes.device) >= 80 and aligned
+    strides = codes.stride(0), rest.stride(0), scales.stride(0), out.stride(0)
+    decoder = bfloat_assembly(bits, residual_bits) if words and dtype == torch.bfloat16 else ""
+    if decoder:
+        units = min(8, triton.next_power_of_2(-(-groups // 16)))
+        dequantize_words_kernel[(-(-rows // 4), -(-groups // (16 * units)))](
+            codes, rest, scales, exponents, out, rows, groups, *strides,
+            RESIDUAL_BITS=residual_bits, ASSEMBLY=decoder, UNITS=units, num_warps=8, **_dependent(pdl),
+        )  # fmt: skip
+        return out
+    # Assembly rounds level * scale to half precision: too coarse for float32.
     decoder = assembly(bits, residual_bits) if words and dtype != torch.float32 else ""
     dequantize_kernel[(-(-rows // 32), -(-groups // 4))](
-        codes, rest, scales, exponents, level_tensor(bits, residual_bits, codes.device), out,
-        rows, groups, codes.stride(0), rest.stride(0), scales.stride(0), out.stride(0),
-        BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decoder, num_warps=4,
+        codes, rest, scales, exponents, level_tensor(bits, residual_bits, codes.device), out, rows, groups, *strides,
+        BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decoder, num_warps=4, **_dependent(pdl),
     )  # fmt: skip
     return out
 
@@ -620,15 +635,22 @@ def unrotate(x: Tensor, in_features: int, block: int, seed: int) -> Tensor:
     return _rotate(x, x.shape[1], in_features, block, seed, inverse=True)
 
 
-def _rotate(x: Tensor, columns: int, out_columns: int, block: int, seed: int, inverse: bool, scale: float = 1.0) -> Tensor:
+def _rotate(
+    x: Tensor, columns: int, out_columns: int, block: int, seed: int, inverse: bool, scale: float = 1.0, pdl: bool = False
+) -> Tensor:
     tokens, tiles = x.shape[0], -(-columns // TILE)
     out = torch.empty((tokens, out_columns), dtype=x.dtype, device=x.device)
-    rotate_kernel[(min(_ROTATE_PROGRAMS, -(-tokens * tiles // 64)),)](
+    rotate_kernel[(min(ROTATION_PROGRAMS, -(-tokens * tiles // 64)),)](
         x, x.stride(0), tile_signs(seed, tiles, x.device, x.dtype), tile_matrix(block, NATURAL, x.device, x.dtype),
         out, out_columns, tokens * tiles, x.shape[1], tiles, out_columns, scale * block**-0.5,
-        TILES=64, INVERSE=inverse, num_warps=4,
+        TILES=64, INVERSE=inverse, num_warps=8, **_dependent(pdl),
     )  # fmt: skip
     return out
+
+
+def _dependent(pdl: bool) -> dict[str, bool]:
+    """Launch options: ``pdl`` lets a launch begin before the one in front of it has ended (sm_90)."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def _row_parts(packed: PackedWeight, bytes_per_row: int) -> Iterator[tuple[slice, PackedWeight]]:
@@ -655,16 +677,19 @@ def through_scratch(
     rows, groups = packed.scales.shape
     columns = groups * SCALE_BLOCK
     block = rotation_block(in_features, group_size)
+    pdl = _capability(x.device) >= 90
+    scale = 1.0
     if x.dtype == torch.float16:
         # A rotation makes entries up to 128 ** 0.5 times as large, and float16 ends at 65504: 3 bits of the range are the
         # weights' for this product.
-        rotated = _rotate(x, columns, columns, block, seed, inverse=False, scale=0.125)
+        scale = 0.125
         packed = packed._replace(exponents=(packed.exponents.int() + 3).clamp(max=127).to(torch.int8))
-    else:
-        rotated = rotate(x, columns, block, seed)
     bias = None if bias is None else bias.to(x.dtype)
+    # Right before the first dequantization, which waits for what was launched until now, but not for the rotation.
+    rotated = _rotate(x, columns, columns, block, seed, inverse=False, scale=scale, pdl=pdl)
     for part, planes in _row_parts(packed, columns * x.element_size()):
-        dense = dequantize_rotated(planes, bits, residual_bits, x.dtype)
+        dense = dequantize_rotated(planes, bits, residual_bits, x.dtype, pdl)
+        pdl = False
         if len(dense) < rows:
             # Not out=: cuBLAS takes a path ten times slower into rows that lie apart.
             out[:, part] = torch.nn.functional.linear(rotated, dense, None if bias is None else bias[part])

@@ -102,12 +102,15 @@ def rotate_scaled_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def rotate_kernel(
     x, x_stride, sign, matrix, out, out_stride, rows, columns, tiles, out_columns, norm,
-    TILES: tl.constexpr, INVERSE: tl.constexpr,
+    TILES: tl.constexpr, INVERSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotates (INVERSE: rotates back) the ``rows = tokens * tiles`` tiles in the input's dtype, natural order of columns,
     ``TILES`` at a time."""
     place = tl.arange(0, 128)
     square = tl.load(matrix + place[:, None] * 128 + place[None, :])
+    if PDL:
+        wait_for_producer()
+        launch_dependents()
     for start in tl.range(tl.program_id(0) * TILES, rows, tl.num_programs(0) * TILES):
         index = start + tl.arange(0, TILES)
         token, tile = (index // tiles).to(tl.int64)[:, None], index % tiles

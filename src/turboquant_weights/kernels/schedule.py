@@ -67,6 +67,16 @@ class SplitK(NamedTuple):
     warps: int
 
 
+class Rotation(NamedTuple):
+    """``rotate_scaled_kernel``: ``parts`` programs of ``warps`` warps share a token; each looks for the largest entry in
+    ``chunk`` columns at a time, then rotates ``tiles`` tiles of 128 columns at a time."""
+
+    parts: int
+    tiles: int
+    chunk: int
+    warps: int
+
+
 Schedule = Rotating | Slices | StreamK | SplitK
 _KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 5: SplitK}  # by their number of fields
 _MOST_OF_KIND = {1: 1, 2: MOST_TOKENS}  # tokens
@@ -82,12 +92,15 @@ _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
 _WHOLE_TILES = 1.05  # how much longer `streamk.py` may take to avoid partial sums
 # `streamk.py`: the fewest weights of a layer by the most tokens, without and with a residual; tokens from which on cuBLAS is
-# faster, by columns (long and short rows), without and with a residual; shared memory of a program.
-_STREAMK_WEIGHTS = {32: (1 << 25, None), 256: (1 << 24, 1 << 24)}
-_STREAMK_MOST = ((512, 512), (2048, 1024))
-_SHARED_BYTES, _ROTATION_BYTES = 226 << 10, 38 << 10
+# faster (small layers and those with long rows; all others), without and with a residual; weights below which tiles of half
+# the tokens are faster, because fewer programs share one, by tokens of a tile and residual; shared memory of a program.
+_STREAMK_WEIGHTS = {32: (1 << 25, None), 256: (3 << 22, 3 << 22)}
+_STREAMK_MOST = ((1024, 512), (2048, 1024))
+_HALF_TILES = {(128, False): 5 << 22, (256, False): 1 << 25, (256, True): 5 << 22}
+_SHARED_BYTES, _ROTATION_BYTES = 226 << 10, 90 << 10
 _LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+ROTATION_PROGRAMS = 264  # two per multiprocessor
 # Token counts at which the table has entries; a batch takes the next larger one.
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
 # GPU -> (rows, columns, residual bits) -> tokens -> the schedule with as many fields.
@@ -96,26 +109,26 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
         (4096, 4096, 0): {
             1: (8,),
             8: (16, 64, 8, 1, 4),
-            16: (16, 128, 8, 1, 8),
-            32: (32, 128, 8, 1, 8),
-            64: (64, 2, 3),
-            128: (128, 64, 4, 3, 4),
-            256: (128, 64, 2, 3, 4),
+            16: (16, 64, 8, 1, 4),
+            32: (32, 64, 6, 1, 4),
+            64: (64, 2, 2),
+            128: (64, 2, 2),
+            256: (128, 2, 3),
         },
         (4096, 4096, 4): {
             1: (8,),
             8: (8, 1),
             16: (16, 64, 8, 1, 4),
             32: (32, 64, 8, 1, 4),
-            64: (64, 64, 6, 3, 4),
+            64: (64, 2, 2),
             128: (128, 64, 4, 3, 4),
-            256: (256, 2, 2),
+            256: (128, 2, 3),
         },
         (18944, 3584, 0): {
             1: (2,),
             8: (4, 1),
             16: (16, 64, 4, 1, 4),
-            32: (32, 2, 5),
+            32: (32, 2, 4),
             64: (64, 2, 3),
             128: (128, 2, 4),
             256: (256, 2, 3),
@@ -125,18 +138,18 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             8: (4, 1),
             16: (16, 64, 3, 1, 4),
             32: (32, 64, 3, 1, 4),
-            64: (64, 2, 3),
-            128: (128, 3, 3),
+            64: (64, 2, 2),
+            128: (128, 2, 2),
             256: (256, 2, 2),
         },
         (3584, 18944, 0): {
             1: (8,),
             8: (16, 64, 12, 1, 4),
-            16: (16, 2, 6),
-            32: (32, 2, 5),
+            16: (16, 2, 4),
+            32: (32, 2, 4),
             64: (64, 2, 3),
-            128: (128, 2, 4),
-            256: (256, 2, 3),
+            128: (128, 2, 3),
+            256: (128, 2, 3),
         },
         (3584, 18944, 4): {
             1: (8, 1),
@@ -147,6 +160,8 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 2, 3),
             256: (256, 2, 2),
         },
+        (8192, 8192, 0): {64: (64, 2, 3), 128: (128, 2, 4)},
+        (8192, 8192, 4): {64: (64, 2, 3), 128: (128, 2, 3)},
     },
 }
 
@@ -187,12 +202,12 @@ def _own_table() -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ..
     return read(Path(path)) if path else {}
 
 
-def crossover(bits: int, residual_bits: int, columns: int, warp_groups: bool = False) -> int:
+def crossover(bits: int, residual_bits: int, rows: int, columns: int, warp_groups: bool = False) -> int:
     """Tokens above which a layer is dequantized for cuBLAS (measured on an H100)."""
     if bits != 4 or residual_bits == 3:
         return 32  # no assembly decoder
     if warp_groups:
-        return _STREAMK_MOST[columns <= 8192][residual_bits > 0]
+        return _STREAMK_MOST[columns <= 8192 and rows * columns >= 1 << 25][residual_bits > 0]
     return 256 if columns <= 8192 else 192
 
 
@@ -215,10 +230,17 @@ def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | 
         if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
             return _slices(rows, columns)
         if warp_groups and _is_enough(tokens, rows * columns, residual_bits):
-            streamk = _streamk(tokens, residual_bits)
+            streamk = _streamk(tokens, rows * columns, residual_bits)
             if streamk.serves(columns):
                 return streamk
     return _splitk(tokens, rows, columns)
+
+
+def rotation(tokens: int, columns: int) -> Rotation:
+    """A program that has much to do keeps the GPU busier than many that all look for the largest entry of the same row."""
+    tiles, chunk = (16, 1 << 14) if tokens < 16 else (64, 1 << 13)
+    parts = min(-(-columns // (tiles * 128)), max(1, ROTATION_PROGRAMS // tokens))
+    return Rotation(parts, tiles, min(chunk, max(1024, 1 << (columns - 1).bit_length())), 8)
 
 
 def rotating(rows: int, columns: int, residual_bits: int) -> Rotating:
@@ -255,18 +277,20 @@ def _is_enough(tokens: int, weights: int, residual_bits: int) -> bool:
     return least is not None and weights >= least
 
 
-def _streamk(tokens: int, residual_bits: int) -> StreamK:
+def _streamk(tokens: int, weights: int, residual_bits: int) -> StreamK:
     """Tiles of 256 tokens take 1.8 times as long as tiles of 128; as many stages as fit."""
     if tokens <= 128 or -(-tokens // 128) * 5 < -(-tokens // 256) * 9:
         block_m = next(b for b in (32, 64, 128) if tokens <= b or b == 128)
     else:
         block_m = 256
+    if tokens <= 256 and weights < _HALF_TILES.get((block_m, residual_bits > 0), 0):
+        block_m //= 2
     return StreamK(block_m, 2, streamk_stages(block_m, 2, residual_bits))
 
 
 def streamk_stages(block_m: int, groups: int, residual_bits: int) -> int:
-    """Steps that fit into shared memory, beside a program of the rotation where there are registers for both."""
+    """Steps that fit into shared memory, beside what the rotation wants of it where there are registers for both."""
     tiles = StreamK(block_m, groups, 1).step // 128
     step = tiles * (64 * groups * (64 + 16 * residual_bits) + 256 * block_m + 4 * 128 * (groups - 1))
     beside = block_m <= 64 or (block_m <= 128 and groups == 2)
-    return max(min(6, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(3, _SHARED_BYTES // step))
+    return max(min(6, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(2, _SHARED_BYTES // step))

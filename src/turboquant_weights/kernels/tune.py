@@ -107,7 +107,7 @@ def candidates(tokens: int, rows: int, columns: int, residual_bits: int | None =
                     out.append(Slices(warps, split))
     if residual_bits is not None and tokens > MOST_TOKENS:
         block_m = min(256, max(16, triton.next_power_of_2(tokens)))
-        for tile in ((block_m, 2), (min(block_m, 128), 3)):
+        for tile in ((block_m, 2), (max(16, block_m // 2), 2), (min(block_m, 128), 3)):
             schedule = StreamK(*tile, streamk_stages(*tile, residual_bits))
             out += [schedule] if schedule.serves(columns) else []
     largest = min(128, max(16, triton.next_power_of_2(tokens)))
