@@ -685,7 +685,7 @@ def through_scratch(
         scale = 0.125
         packed = packed._replace(exponents=(packed.exponents.int() + 3).clamp(max=127).to(torch.int8))
     bias = None if bias is None else bias.to(x.dtype)
-    # Right before the first dequantization, which waits for what was launched until now, but not for the rotation.
+    # Right before the first dequantization, which needs all that was launched until now, but nothing of the rotation.
     rotated = _rotate(x, columns, columns, block, seed, inverse=False, scale=scale, pdl=pdl)
     for part, planes in _row_parts(packed, columns * x.element_size()):
         dense = dequantize_rotated(planes, bits, residual_bits, x.dtype, pdl)
