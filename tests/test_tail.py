@@ -148,3 +148,30 @@ def test_inference_mode_is_refused_before_anything_is_computed() -> None:
         loaded = make(tied=True)
     with pytest.raises(ConfigError, match="inference_mode"):
         quantize_model(loaded, progress=False, calibration=torch.randint(0, 97, (4, 64)))
+
+
+@pytest.mark.parametrize("settings", ["layers", "embedding", "head"])
+def test_the_target_is_the_original_model_to_the_end(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its head nor its norm follows what is rounded and tuned; and a frozen norm is tuned and stays frozen."""
+    monkeypatch.setattr(tail, "_RATE", 2e-2)
+    wanted = []
+
+    def record(one: torch.Tensor, other: torch.Tensor) -> float:
+        wanted.append(one)
+        return divergence(one, other)
+
+    divergence = tail._divergence
+    monkeypatch.setattr(tail, "_divergence", record)
+    model = make(tied=settings != "head").requires_grad_(False)
+    config = TurboQuantConfig(
+        bits=3,
+        embeddings={"*": (3, 0)} if settings == "embedding" else None,
+        layer_bits={"lm_head": (3, 0)} if settings == "head" else None,
+    )
+    found, report = quantized(model, config=config)
+    assert report.tuned is not None
+    assert not found.model.norm.weight.requires_grad
+    tokens = torch.randint(0, 97, (12, 64), generator=torch.Generator().manual_seed(1))
+    exact = model(input_ids=tokens[::8]).logits
+    for logits, window in zip(wanted, [*exact, *exact], strict=True):  # before and after
+        torch.testing.assert_close(logits[0], window, rtol=1e-4, atol=1e-3)

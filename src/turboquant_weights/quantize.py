@@ -114,7 +114,7 @@ def quantize_model(
         return finish(job, layers, time.perf_counter() - start, expected_kl=expected)
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError(
-            "calibration computes gradients, which torch.inference_mode() rules out: load and quantize the model outside of it"
+            "calibration computes gradients, which torch.inference_mode() rules out: load and quantize the model outside it"
         )
     settings = as_calibration(calibration)
     tokens = settings.tokens(tokenizer)
