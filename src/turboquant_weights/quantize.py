@@ -83,7 +83,7 @@ def quantize_model(
 
     Raises:
         ConfigError: a skip pattern matches nothing, the model is quantized already, a budget cannot be met, more than one
-            is given, or an argument is of another type.
+            is given, an argument is of another type, or calibration meets ``torch.inference_mode()``.
         QuantizationError: nothing to quantize, a weight has NaN or Inf (names layer and position), or the model is none that
             can be calibrated; nothing was replaced then.
 
@@ -112,6 +112,10 @@ def quantize_model(
         job.left.update(notes)
         layers = quantize_without_data(job, progress)
         return finish(job, layers, time.perf_counter() - start, expected_kl=expected)
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConfigError(
+            "calibration computes gradients, which torch.inference_mode() rules out: load and quantize the model outside it"
+        )
     settings = as_calibration(calibration)
     tokens = settings.tokens(tokenizer)
     device = torch.device(settings.device) if settings.device is not None else next(model.parameters()).device

@@ -86,13 +86,14 @@ def tune_tail(stream: BlockStream, original: Sequence[Batch], tail: OriginalTail
         stream: Open, behind the last block of the quantized model. original: The same text behind that of the original one.
 
     Returns:
-        None if there is nothing to tune, or nothing was gained: the parameters are then as they were.
+        None if there is nothing to tune, too little text to tell whether it helped, or nothing was gained: the parameters
+        are then as they were.
     """
-    if not stream.has_logits:
-        return None
     pieces = list(_pieces(stream.batches, original))
-    check, learn = pieces[::8], [piece for i, piece in enumerate(pieces) if i % 8] or pieces
+    check, learn = pieces[::8], [piece for i, piece in enumerate(pieces) if i % 8]
     named = {n: p for n, p in stream.outside_parameters() if n in tail.parameters}
+    if not (stream.has_logits and named and learn):
+        return None
     originals = {name: tail.parameters[name] for name in named}
 
     def put(values: dict[str, Tensor]) -> None:
@@ -116,6 +117,8 @@ def tune_tail(stream: BlockStream, original: Sequence[Batch], tail: OriginalTail
     def gradients(piece: Piece, names: Iterable[str]) -> tuple[Tensor | None, ...]:
         """Of the KL divergence; its derivative with respect to the logits is a difference of two softmaxes."""
         wanted, found = logits(piece)
+        if not found.requires_grad:  # a tail without vectors, behind an embedding that has some
+            return (None,) * len(named)
         error = torch.empty_like(found)
         with torch.no_grad():
             for p, q, out in _rows(wanted, found, error):
@@ -134,7 +137,7 @@ def tune_tail(stream: BlockStream, original: Sequence[Batch], tail: OriginalTail
                 return None
             _descend({name: named[name] for name in used}, learn, gradients)
         after = mean_loss()
-        if after >= before:
+        if not after < before:  # nor if either is NaN: half precision may overflow
             put(originals)
             return None
     except BaseException:
@@ -188,17 +191,13 @@ def _descend(
 def _pieces(now: Sequence[Batch], before: Sequence[Batch]) -> Iterator[Piece]:
     """(tokens, hidden states of the quantized model, of the original one) [1, l], l <= 1,024, spread over the text."""
     length = now[0].tokens.shape[1]
+    parts = math.ceil(length / _PIECE)  # as long as each other: they count the same
     total = sum(len(batch.tokens) for batch in now)
     stride = max(1, total * length // _TOKENS)
     number = 0
     for one, other in zip(now, before, strict=True):
         for row in range(len(one.tokens)):
             if number % stride == 0:
-                for start in range(0, length, _PIECE):
-                    part = slice(start, start + _PIECE)
-                    yield (
-                        one.tokens[row : row + 1, part],
-                        one.hidden[row : row + 1, part],
-                        other.hidden[row : row + 1, part],
-                    )
+                whole = (one.tokens, one.hidden, other.hidden)
+                yield from zip(*(t[row : row + 1].tensor_split(parts, 1) for t in whole), strict=True)
             number += 1
