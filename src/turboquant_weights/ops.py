@@ -436,3 +436,10 @@ def is_direct(x: Tensor, parameters: Mapping[str, Any]) -> bool:
         return False
     bias = parameters["bias"]
     return not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+# The same for calls in C, which look at the tensors, at gradients and at the level of forward mode themselves.
+cpu.watch(
+    _dispatch_modes, _function_modes, _tracer, _is_profiling, functools.partial(_is_autocast, "cpu"),
+    torch._C._functorch.peek_interpreter_stack,
+)  # fmt: skip
