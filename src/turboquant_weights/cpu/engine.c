@@ -220,6 +220,18 @@ static float value_of(const void *values, int type, int64_t i)
     return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
 }
 
+/* count values to results from `at` on. */
+static void write_values(void *results, int type, int64_t at, const float *values, int64_t count)
+{
+    uint16_t *halves = (uint16_t *)results + at;
+    if (type == FLOAT32)
+        memcpy((float *)results + at, values, (size_t)count * 4);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) halves[i] = to_half(values[i]);
+}
+
 /* Sums [rows][stride] of `count` tokens to results. */
 static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64_t count, const float *sums, int64_t stride)
 {
@@ -235,12 +247,7 @@ static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64
         const double scale = j->act.token_scale[token + t];
         const int64_t at = (token + t) * layer->rows + row;
         for (int64_t i = 0; i < rows; i++) value[i] = (float)(sums[i * stride + t] * (scale * factor[i]) + bias[i]);
-        if (j->type == FLOAT32)
-            memcpy((float *)j->y + at, value, (size_t)rows * 4);
-        else if (j->type == BFLOAT16)
-            for (int64_t i = 0; i < rows; i++) ((uint16_t *)j->y)[at + i] = to_bfloat(value[i]);
-        else
-            for (int64_t i = 0; i < rows; i++) ((uint16_t *)j->y)[at + i] = to_half(value[i]);
+        write_values(j->y, j->type, at, value, rows);
     }
 }
 
@@ -369,6 +376,55 @@ API int tq_linear(const tq_call *call, const void *x, void *y, int64_t m, int th
     atomic_init(&j.next_scratch, 0);
     run(j.mode == TILED ? tile_share : multiply_share, &j, threads);
     free(memory);
+    return 0;
+}
+
+/* -- rows of an embedding -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const tq_layer *layer;
+    const int64_t *ids;
+    int64_t count;
+    void *out;
+    int type;
+    float *scratch;              /* a row per thread */
+    atomic_int next_scratch;
+    atomic_llong next;
+} lookup;
+
+/* The rotation is its own inverse but for the signs, which come last. Rows are decoded by the portable engine, which leaves
+ * columns in their order. */
+static void look_up_share(void *data)
+{
+    lookup *l = data;
+    const tq_layer *layer = l->layer;
+    const int64_t columns = layer->blocks * BLOCK, k = layer->in_features;
+    float *row = l->scratch + columns * atomic_fetch_add(&l->next_scratch, 1);
+    const double root = sqrt((double)layer->rotation);
+    for (int64_t i; (i = atomic_fetch_add(&l->next, 1)) < l->count;) {
+        tq_portable.decode(layer, l->ids[i], 1, row, columns);
+        for (int64_t j = 0; j < columns; j += layer->rotation) hadamard(row + j, layer->rotation);
+        const double factor = ldexp(1, 19 + layer->exponents[l->ids[i]]) / root;
+        for (int64_t j = 0; j < k; j++) row[j] = (float)(row[j] * factor) * layer->signs[j];
+        write_values(l->out, l->type, i * k, row, k);
+    }
+}
+
+/* Rows of the weight, as it was before the rotation, to out [count, in_features]. 0: done, 1: no memory, 2: there is no row
+ * with one of the numbers. */
+API int tq_look_up(const tq_layer *layer, const int64_t *ids, int64_t count, void *out, int type, int threads)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= layer->rows) return 2;
+    const int64_t columns = layer->blocks * BLOCK;
+    if (count * columns < SERIAL_WORK / 8) threads = 1; /* a column costs as much as eight products */
+    lookup l = {.layer = layer, .ids = ids, .count = count, .out = out, .type = type};
+    l.scratch = malloc((size_t)(threads * columns) * 4);
+    if (!l.scratch) return 1;
+    atomic_init(&l.next, 0);
+    atomic_init(&l.next_scratch, 0);
+    run(look_up_share, &l, threads);
+    free(l.scratch);
     return 0;
 }
 

@@ -336,3 +336,22 @@ def _with_blas(flat: Tensor, described: _Described, result: Tensor, engine: Engi
             part += bias[start : start + rows]
         out[:, start : start + rows] = part
     return result
+
+
+def look_up(ids: Tensor, packed: PackedWeight, in_features: int, layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows of the weight: ``W[ids]`` [*ids.shape, in_features] of ``dtype``, one of ``DTYPES``, for int32 or int64 ids."""
+    described = _describe(packed, None, in_features, layout)
+    flat = ids.reshape(-1).long().contiguous()
+    if not flat.is_cpu:
+        raise QuantizationError(f"ids are on {ids.device}: the CPU is needed here")
+    out = torch.empty((*ids.shape, in_features), dtype=dtype)
+    c = library()
+    assert c is not None
+    failed = c.tq_look_up(
+        described.address, flat.data_ptr(), flat.numel(), out.data_ptr(), TYPES[dtype], torch.get_num_threads()
+    )
+    if failed == 2:
+        raise IndexError(f"ids are {flat.min()} to {flat.max()}: rows 0 to {described.layer.rows - 1} are there")
+    if failed:
+        raise MemoryError("no memory for rows of an embedding")
+    return out
