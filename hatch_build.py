@@ -24,14 +24,11 @@ def _compiling():
 class EngineHook(BuildHookInterface):
     def initialize(self, version, build_data):
         compiling = _compiling()
-        self.folder = None
-        if version == "editable":
-            target = Path(self.root) / ROOM / compiling.LIBRARY
-        else:
-            self.folder = tempfile.mkdtemp()
-            target = Path(self.folder) / compiling.LIBRARY
+        self.folder = None if version == "editable" else tempfile.mkdtemp()
+        room = Path(self.folder or Path(self.root) / ROOM)
+        built = [compiling.LIBRARY]
         try:
-            compiling.build(target)
+            compiling.build(room / compiling.LIBRARY)
         except compiling.CompilerError as error:
             self.app.display_warning(
                 f"The CPU engine of turboquant-weights was not built: {error}\n"
@@ -39,11 +36,18 @@ class EngineHook(BuildHookInterface):
                 "Install gcc or clang and install again, or run: python -m turboquant_weights.cpu"
             )
             return
-        if version != "editable":
-            build_data["force_include"][str(target)] = f"turboquant_weights/cpu/{compiling.LIBRARY}"
+        try:
+            compiling.build_calls(room / compiling.CALLS)
+            built.append(compiling.CALLS)
+        except compiling.CompilerError as error:
+            self.app.display_warning(f"Calls of turboquant-weights' CPU engine will take ten microseconds longer: {error}")
+        if self.folder:
+            for name in built:
+                build_data["force_include"][str(room / name)] = f"turboquant_weights/cpu/{name}"
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{platform}"  # plain C ABI: any Python
+        # Any Python: the engine has a plain C ABI, and where the module of calls is of no use the package does without.
+        build_data["tag"] = f"py3-none-{platform}"
 
     def finalize(self, version, build_data, artifact_path):
         if self.folder:

@@ -18,6 +18,7 @@ int tq_engine_step(int);
 void tq_codebook_init(tq_codebook *, const float *, const float *, int, int);
 int tq_linear(const tq_call *, const void *, void *, int64_t, int);
 int tq_rotate(int, const tq_layer *, const void *, int64_t, int, int64_t, float *, float *, int);
+int tq_look_up(const tq_layer *, const int64_t *, int64_t, void *, int, int);
 void tq_decode_rows(int, const tq_layer *, int64_t, int64_t, float *, int);
 void tq_feed_back(int, const tq_feedback *, int);
 
@@ -69,6 +70,41 @@ static void make_book(tq_codebook *book, int bits, int rest)
     tq_codebook_init(book, levels, coefficients, bits, rest);
 }
 
+/* An entry of the rotated matrix. */
+static double weight_of(const tq_layer *layer, int64_t row, int64_t column)
+{
+    const int bits = layer->book->bits, rest = layer->book->residual_bits;
+    int index = field(layer->codes + row * layer->codes_stride, bits, column);
+    if (rest) index = index << rest | field(layer->residual + row * layer->residual_stride, rest, column);
+    const int byte = layer->scales[row * layer->scales_stride + column / 32], e = byte >> 5, mantissa = byte & 31;
+    return layer->book->level[index] * ldexp(e ? (32 + mantissa) << (e - 1) : mantissa, layer->exponents[row]);
+}
+
+/* The rotation of one row, signs aside, from its definition. */
+static void rotate(double *row, int64_t columns, int64_t rotation)
+{
+    for (int64_t start = 0; start < columns; start += rotation) {
+        double block[128];
+        for (int64_t i = 0; i < rotation; i++) {
+            block[i] = 0;
+            for (int64_t j = 0; j < rotation; j++)
+                block[i] += row[start + j] * (__builtin_popcountll((uint64_t)(i & j)) & 1 ? -1 : 1);
+        }
+        for (int64_t i = 0; i < rotation; i++) row[start + i] = block[i] / sqrt((double)rotation);
+    }
+}
+
+static void read_values(const void *values, int type, int64_t count, double *out)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t half;
+        float value;
+        if (type == FLOAT32) memcpy(&value, (const char *)values + 4 * i, 4);
+        else memcpy(&half, (const char *)values + 2 * i, 2), value = type == BFLOAT16 ? bfloat_to_float(half) : half_to_float(half);
+        out[i] = value;
+    }
+}
+
 static int failures;
 
 static void check(const char *what, const char *engine, const double *want, const double *got, const double *size, int64_t m,
@@ -83,6 +119,29 @@ static void check(const char *what, const char *engine, const double *want, cons
             return;
         }
     }
+}
+
+/* Rows of an embedding, and numbers that are none of a row. */
+static void look_up(const tq_layer *layer, int type, double limit)
+{
+    const int64_t count = between(1, 9), k = layer->in_features, columns = layer->blocks * BLOCK;
+    int64_t *ids = malloc((size_t)count * 8);
+    void *out = malloc((size_t)(count * k) * (type == FLOAT32 ? 4 : 2));
+    double *want = malloc((size_t)(count * columns) * 8), *got = malloc((size_t)(count * k) * 8);
+    for (int64_t i = 0; i < count; i++) {
+        ids[i] = between(0, layer->rows - 1);
+        double *row = want + i * columns;
+        for (int64_t j = 0; j < columns; j++) row[j] = weight_of(layer, ids[i], j);
+        rotate(row, columns, layer->rotation);
+        for (int64_t j = 0; j < columns; j++) row[j] *= layer->signs[j];
+    }
+    for (int64_t i = 0; i < count; i++) memmove(want + i * k, want + i * columns, (size_t)k * 8); /* without padding */
+    if (tq_look_up(layer, ids, count, out, type, 1)) abort();
+    read_values(out, type, count * k, got);
+    check("rows", "every engine's", want, got, want, count, k, limit);
+    ids[between(0, count - 1)] = draw() & 1 ? layer->rows : -1;
+    if (tq_look_up(layer, ids, count, out, type, 1) != 2) printf("no row of that number, and no error\n"), failures++;
+    free(ids), free(out), free(want), free(got);
 }
 
 static void round_of_fuzzing(void)
@@ -120,24 +179,15 @@ static void round_of_fuzzing(void)
                 memcpy(at, &value, 4);
             real[t * columns + j] = value * signs[j];
         }
-    for (int64_t t = 0; t < m; t++) /* the rotation, from its definition */
-        for (int64_t start = 0; start < columns; start += rotation) {
-            double block[128];
-            for (int64_t i = 0; i < rotation; i++) {
-                block[i] = 0;
-                for (int64_t j = 0; j < rotation; j++)
-                    block[i] += real[t * columns + start + j] * (__builtin_popcountll((uint64_t)(i & j)) & 1 ? -1 : 1);
-            }
-            for (int64_t i = 0; i < rotation; i++) real[t * columns + start + i] = block[i] / sqrt((double)rotation);
-        }
+    const tq_layer layer = {.codes = codes, .residual = residual, .scales = scales, .exponents = exponents, .signs = signs,
+                            .book = &book, .rows = n, .blocks = blocks, .in_features = k, .codes_stride = blocks * 4 * bits,
+                            .residual_stride = blocks * 4 * rest, .scales_stride = blocks, .rotation = (int32_t)rotation};
+    for (int64_t t = 0; t < m; t++) rotate(real + t * columns, columns, rotation);
     for (int64_t t = 0; t < m; t++)
         for (int64_t i = 0; i < n; i++) {
             double sum = 0, squares = 0, norm = 0;
             for (int64_t j = 0; j < columns; j++) {
-                int index = field(codes + i * blocks * 4 * bits, bits, j);
-                if (rest) index = index << rest | field(residual + i * blocks * 4 * rest, rest, j);
-                const int byte = scales[i * blocks + j / 32], e = byte >> 5, mantissa = byte & 31;
-                const double weight = book.level[index] * ldexp(e ? (32 + mantissa) << (e - 1) : mantissa, exponents[i]);
+                const double weight = weight_of(&layer, i, j);
                 sum += weight * real[t * columns + j];
                 squares += weight * weight;
                 norm += real[t * columns + j] * real[t * columns + j];
@@ -145,9 +195,6 @@ static void round_of_fuzzing(void)
             want[t * n + i] = sum;
             size[t * n + i] = sqrt(squares * norm / (double)columns) + fabs(sum);
         }
-    const tq_layer layer = {.codes = codes, .residual = residual, .scales = scales, .exponents = exponents, .signs = signs,
-                            .book = &book, .rows = n, .blocks = blocks, .in_features = k, .codes_stride = blocks * 4 * bits,
-                            .residual_stride = blocks * 4 * rest, .scales_stride = blocks, .rotation = (int32_t)rotation};
     static const double rounding[3] = {1e-6, 6e-4, 6e-3};
     for (int engine = 0; tq_engine_name(engine); engine++) {
         if (!tq_engine_available(engine)) continue;
@@ -157,13 +204,7 @@ static void round_of_fuzzing(void)
             if (mode == 0 && type == FLOAT32) continue; /* integers are for half precision */
             const tq_call call = {&layer, stride, engine, mode, type};
             if (tq_linear(&call, x, y, m, 1)) abort();
-            for (int64_t i = 0; i < m * n; i++) {
-                uint16_t half;
-                float value;
-                memcpy(&half, y + i * item, 2);
-                if (type == FLOAT32) memcpy(&value, y + i * 4, 4);
-                got[i] = type == FLOAT32 ? value : type == BFLOAT16 ? bfloat_to_float(half) : half_to_float(half);
-            }
+            read_values(y, type, m * n, got);
             check(mode == 0 ? "integer" : mode == 1 ? "exact" : "tiled", name, want, got, size, m, n, rounding[type]);
         }
         const int64_t width = (columns + tq_engine_step(engine) - 1) / tq_engine_step(engine) * tq_engine_step(engine);
@@ -179,6 +220,7 @@ static void round_of_fuzzing(void)
         check("decoded", name, want, got, size, m, n, 1e-6);
         free(rotated), free(rows), free(factors);
     }
+    look_up(&layer, type, rounding[type]);
     free(signs), free(codes), free(residual), free(scales), free(exponents), free(x), free(y);
     free(real), free(want), free(got), free(size);
 }

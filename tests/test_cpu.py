@@ -1,6 +1,8 @@
 """The CPU engine against the float64 oracle: at most twice the error of the eager computation in the same precision."""
 
+import contextlib
 import copy
+import ctypes
 import functools
 import os
 import pickle
@@ -8,14 +10,15 @@ import subprocess
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from format_oracle import dequantize
 
-from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantLinear, feedback, reference
+from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantLinear, feedback, ops, reference
 from turboquant_weights.codebook import boundary_tensor, level_tensor
-from turboquant_weights.cpu import library
+from turboquant_weights.cpu import build, library
 from turboquant_weights.cpu import linear as cpu_linear
 from turboquant_weights.cpu.feedback import feed_back
 from turboquant_weights.cpu.linear import linear
@@ -291,6 +294,16 @@ def test_bad_tensors_are_refused():
 # -- layers that are called again and again
 
 
+@pytest.fixture(params=["in C", "in Python"])
+def way(request, monkeypatch):
+    """Which calls a bound layer makes. Without Python's headers, or before PyTorch 2.10, there are none in C."""
+    if request.param == "in Python":
+        monkeypatch.setattr(cpu_linear, "calls", None)
+    elif cpu_linear.calls is None or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("no calls in C here")
+    return request.param
+
+
 def _called(residual_bits=2, bias=True):
     """A layer after its first call, which bound it, and an activation."""
     torch.manual_seed(0)
@@ -322,7 +335,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_layer_that_changed_computes_with_what_it_has(change):
+def test_a_layer_that_changed_computes_with_what_it_has(change, way):
     module, x = _called()
     with torch.no_grad():
         CHANGES[change](module)
@@ -331,7 +344,7 @@ def test_a_layer_that_changed_computes_with_what_it_has(change):
             assert torch.equal(module(x), want)
 
 
-def test_planes_that_no_longer_fit_are_refused():
+def test_planes_that_no_longer_fit_are_refused(way):
     """The memory that was checked is there, but not all of it belongs to the plane."""
     module, x = _called()
     module.codes.data = module.codes.data[:20]
@@ -342,7 +355,7 @@ def test_planes_that_no_longer_fit_are_refused():
     assert torch.equal(module(x), _by_the_op(module, x))
 
 
-def test_inputs_of_other_kinds_after_binding():
+def test_inputs_of_other_kinds_after_binding(way):
     module, x = _called()
     weight, bias = module.dequantize(torch.float64), module.bias.double()
     for given in (x.double(), x.float(), x.half(), x[0], x[:0], x[:, None], x.repeat(40, 1), torch.cat([x, x], 1)[:, ::2]):
@@ -358,7 +371,7 @@ def test_inputs_of_other_kinds_after_binding():
     assert module(x.requires_grad_()).requires_grad
 
 
-def test_copies_of_a_layer_have_addresses_of_their_own():
+def test_copies_of_a_layer_have_addresses_of_their_own(way):
     module, x = _called()
     want = module(x)
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -369,11 +382,155 @@ def test_copies_of_a_layer_have_addresses_of_their_own():
         module = again
 
 
-def test_a_layer_does_not_keep_planes_alive():
+def test_a_layer_does_not_keep_planes_alive(way):
     module, _ = _called()
     plane = weakref.ref(module.codes)
     module.codes = None
     assert plane() is None
+
+
+needs_engine = pytest.mark.skipif(library.chosen() is None, reason="the environment asks for the reference")
+
+
+@pytest.fixture
+def at_once(way):
+    """A bound layer, its call in C, and an activation."""
+    if way == "in Python" or library.chosen() is None:
+        pytest.skip("no calls in C here")
+    module, x = _called()
+    return module, lambda x: module._bound.at_once(x, module._parameters), x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96), (15, 96), (2, 3, 2, 96)])
+@pytest.mark.parametrize(("residual_bits", "bias"), [(0, True), (2, False), (4, True)])
+def test_calls_in_c_are_those_of_the_op(residual_bits, bias, shape, dtype, at_once):
+    module, _ = _called(residual_bits, bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = module._bound.at_once(x, module._parameters)
+    assert torch.equal(got, _by_the_op(module, x))
+    assert (got.dtype, got.shape) == (dtype, (*shape[:-1], 40))
+    with torch.inference_mode():
+        assert module._bound.at_once(x, module._parameters).is_inference()
+
+
+class _Watching(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _transformed():
+    level = torch._C._functorch._grad_increment_nesting()
+    assert level == 1
+    try:
+        yield
+    finally:
+        torch._C._functorch._grad_decrement_nesting()
+
+
+WATCHERS = {
+    "dispatch mode": _Watching,
+    "function mode": lambda: torch.device("cpu"),
+    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "forward mode": torch.autograd.forward_ad.dual_level,
+    "transform": _transformed,
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_calls_in_c_give_way_to_whoever_watches(watcher, at_once):
+    module, call, x = at_once
+    for _ in range(2):
+        assert call(x) is not None
+        with WATCHERS[watcher]():
+            assert call(x) is None
+            assert not ops.is_direct(x, module._parameters)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_calls_in_c_give_way_to_tracers(at_once):
+    _, call, x = at_once
+    answers = []
+
+    def traced(x):
+        answers.append(call(x))
+        return x + 1
+
+    torch.jit.trace(traced, x, check_trace=False)
+    assert answers == [None]
+    assert call(x) is not None
+
+
+def test_calls_in_c_give_way_to_gradients(at_once):
+    module, call, x = at_once
+    asking = x.clone().requires_grad_()
+    assert call(asking) is None
+    with torch.no_grad():
+        assert torch.equal(call(asking), _by_the_op(module, x))
+    module.bias.requires_grad_()
+    assert call(x) is None
+    with torch.no_grad():
+        assert torch.equal(call(x), _by_the_op(module, x))
+
+
+class _Named(torch.Tensor):
+    pass
+
+
+def test_calls_in_c_leave_other_tensors_to_python(at_once):
+    module, call, x = at_once
+    others = (
+        x.double(), x.int(), x[:, 1:], x[0, 0], x[:0], x.repeat(6, 1), x.to("meta"), x.as_subclass(_Named), x.to_sparse(),
+        None, torch.nn.Parameter(x, requires_grad=False), torch.cat([x, x], 1)[:, ::2], x.T.contiguous().T, 3, "x",
+    )  # fmt: skip
+    for given in others:
+        assert call(given) is None, given
+    bound = module._bound.at_once
+    for name, tensor in module._parameters.items():
+        for instead in (tensor.to("meta"), tensor.data.as_subclass(_Named), tensor.clone(), None, 3):
+            assert bound(x, {**module._parameters, name: instead}) is None, (name, instead)
+        assert bound(x, {key: value for key, value in module._parameters.items() if key != name}) is None, name
+    assert bound(x, module._parameters) is not None
+    for arguments in ((), (x,), (x, None), (x, module._parameters, 3)):
+        with pytest.raises(TypeError, match="an input and a dictionary"):
+            bound(*arguments)
+
+
+def test_calls_in_c_report_what_went_wrong(at_once, monkeypatch):
+    module, _, x = at_once
+    real = library.library().tq_linear
+    fails = ctypes.CFUNCTYPE(real.restype, *real.argtypes)(lambda *_: 1)
+    monkeypatch.setattr(cpu_linear, "library", lambda: SimpleNamespace(tq_linear=fails))
+    module._bound = None
+    with pytest.raises(MemoryError, match="rotated activations"):
+        module(x)
+    with pytest.raises(MemoryError, match="rotated activations"):
+        module._bound.at_once(x, module._parameters)
+
+
+def test_calls_in_c_keep_no_references(at_once):
+    module, call, x = at_once
+    held = [x, *module._parameters.values(), module._parameters, torch.Tensor, torch.bfloat16, None]
+    before = [sys.getrefcount(each) for each in held]
+    for given in (x, x.double(), x.to_sparse(), None):
+        for _ in range(1000):
+            call(given)
+            module._bound.at_once(x, {})
+    after = [sys.getrefcount(each) for each in held]
+    assert max(abs(b - a) for a, b in zip(before, after, strict=True)) < 20
+    structure = weakref.ref(module._bound.product.owned[0])
+    module._bound = None
+    assert structure() is None, "the description of a layer outlives its calls"
+
+
+def test_calls_compile_without_warnings_and_need_headers(tmp_path, monkeypatch):
+    build.build_calls(tmp_path / "calls.so", build.WARNINGS)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(build.CompilerError, match=r"headers are not installed .*Python\.h"):
+        build.build_calls(tmp_path / "again.so")
+    assert not (tmp_path / "again.so").exists()
 
 
 # -- threads and processes
@@ -387,10 +544,10 @@ class _Before:
 
     def __getattr__(self, name):
         real = getattr(library.library(), name)
-        return real if name != self.function else lambda *arguments: (self.turn(), real(*arguments))[1]
-
-
-needs_engine = pytest.mark.skipif(library.chosen() is None, reason="the environment asks for the reference")
+        if name != self.function:
+            return real
+        prototype = ctypes.CFUNCTYPE(real.restype, *real.argtypes)  # that C can call, too
+        return prototype(lambda *arguments: (self.turn(), real(*arguments))[1])
 
 
 @needs_engine
@@ -412,7 +569,7 @@ def test_a_plane_that_another_thread_replaces_while_a_layer_is_bound(monkeypatch
 
 @needs_engine
 @pytest.mark.parametrize("name", [*reference.PackedWeight._fields, "bias"])
-def test_what_the_engine_reads_lives_until_it_is_done(name, monkeypatch):
+def test_what_the_engine_reads_lives_until_it_is_done(name, way, monkeypatch):
     """Also if another thread takes it from the layer in the meantime: the engine runs without the interpreter's lock."""
     module, x = _called()
     module._bound = None

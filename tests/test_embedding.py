@@ -13,7 +13,9 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantEmbedding, TurboQuantLinear
+from turboquant_weights import QuantizationError, TurboQuantConfig, TurboQuantEmbedding, TurboQuantLinear, reference
+from turboquant_weights.cpu.library import chosen
+from turboquant_weights.cpu.linear import look_up
 from turboquant_weights.embedding import quantized_class
 from turboquant_weights.planes import PLANES, LazyWeight
 
@@ -48,6 +50,30 @@ def test_rows_are_those_of_the_oracle(bits, residual_bits, k):
     torch.testing.assert_close(module(ids).double(), expected[ids], rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.skipif(chosen() is None, reason="this machine has no engine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("k", "group_size"), [(1, 128), (100, 32), (192, 64), (1664, 128)])
+def test_the_engine_looks_up_what_the_reference_does(k, group_size, dtype):
+    """Any number of ids, on any number of threads; the same numbers, but for the order of sums."""
+    layout = dict(bits=4, residual_bits=2, group_size=group_size, seed=9)
+    weight = torch.randn(50, k, generator=torch.Generator().manual_seed(k)) * torch.logspace(0, 3, 50)[:, None]
+    packed = reference.quantize_weight(weight, **layout).weight
+    before = torch.get_num_threads()
+    for count in (0, 1, 5, 1000):
+        ids = torch.randint(0, 50, (count, 2), generator=torch.Generator().manual_seed(count))
+        want = reference.embedding(ids, packed, k, **layout, dtype=dtype)
+        for given in (ids, ids.int(), ids.T.contiguous().T):
+            results = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                results.append(look_up(given, packed, k, tuple(layout.values()), dtype))
+            torch.set_num_threads(before)
+            assert torch.equal(*results)
+            # To the last digit, or a few of those of the largest entry of the row: the order of sums differs.
+            error, size = (results[0].double() - want.double()).abs(), want.double().abs()
+            assert bool((error <= torch.finfo(dtype).eps * size + 1e-6 * size.amax(-1, keepdim=True)).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ids", IDS, ids=lambda ids: str(tuple(ids.shape)))
 def test_shape_dtype_and_values(dtype, ids):
@@ -71,11 +97,13 @@ def test_error_and_planes_are_those_of_the_linear_layer_with_that_weight():
     assert module.bits_per_weight == head.bits_per_weight
 
 
-@pytest.mark.parametrize("ids", [[0, N], [-1]])
+@pytest.mark.parametrize("ids", [[0, N], [-1], [[5], [-(2**62)]], [2**31 - 1]])
 def test_ids_out_of_range(ids):
     module = TurboQuantEmbedding.from_embedding(dense(), CONFIG)
     with pytest.raises(IndexError):
         module(torch.tensor(ids))
+    with pytest.raises(IndexError):
+        module.double()(torch.tensor(ids))  # by the reference
 
 
 def test_ids_must_be_integers():

@@ -133,10 +133,13 @@ class TurboQuantLinear(PackedPlanes, nn.Linear):  # type: ignore[override]  # th
 
     def _on_cpu(self, input: Tensor) -> Tensor | None:
         """What the CPU engine makes of ``input``, or None: if it is not for the engine, or the dispatcher must be asked."""
-        parameters = self._parameters
-        if torch.compiler.is_compiling() or not ops.is_direct(input, parameters):
+        if torch.compiler.is_compiling():
             return None
-        bound = self._bound
+        parameters, bound = self._parameters, self._bound
+        if bound is not None and (out := bound.at_once(input, parameters)) is not None:
+            return out
+        if not ops.is_direct(input, parameters):
+            return None
         if bound is None:
             layout = self.bits, self.residual_bits, self.group_size, self.seed
             bound = self._bound = cpu.bind(parameters, self.in_features, layout)

@@ -112,6 +112,25 @@ def _embedding(
     return reference.embedding(ids, packed, in_features, **layout, dtype=dtype)
 
 
+def _embedding_cpu(
+    ids: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    exponents: Tensor,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    layout = bits, residual_bits, group_size, seed
+    if chosen() is None or dtype not in cpu.DTYPES:  # as in _linear_cpu
+        return _embedding(ids, codes, residual, scales, exponents, in_features, *layout, dtype)
+    return cpu.look_up(ids, PackedWeight(codes, residual, scales, exponents), in_features, layout, dtype)
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether the kernels can run. If not, the user learns once that this GPU computes with the slow reference."""
@@ -268,6 +287,7 @@ for _name in ("linear", "linear_inference"):
     _LIBRARY.impl(_name, _linear_cuda, "CUDA")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
+_LIBRARY.impl("embedding", _embedding_cpu, "CPU")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient_cuda, "CUDA")
 
 
@@ -436,3 +456,10 @@ def is_direct(x: Tensor, parameters: Mapping[str, Any]) -> bool:
         return False
     bias = parameters["bias"]
     return not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+# The same for calls in C, which look at the tensors, at gradients and at the level of forward mode themselves.
+cpu.watch(
+    _dispatch_modes, _function_modes, _tracer, _is_profiling, functools.partial(_is_autocast, "cpu"),
+    torch._C._functorch.peek_interpreter_stack,
+)  # fmt: skip

@@ -2,10 +2,15 @@
 
 import sys
 
-from .build import FOLDER, LIBRARY, CompilerError, build
+from .build import CALLS, FOLDER, LIBRARY, CompilerError, build, build_calls
 
 try:
     build(FOLDER / LIBRARY)
 except CompilerError as error:
     sys.exit(f"turboquant_weights: the CPU engine was not built: {error}")
 print(f"built {FOLDER / LIBRARY}")
+try:
+    build_calls(FOLDER / CALLS)
+    print(f"built {FOLDER / CALLS}")
+except CompilerError as error:
+    print(f"not built, so that each call takes some ten microseconds longer: {FOLDER / CALLS}: {error}")

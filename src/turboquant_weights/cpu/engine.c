@@ -163,6 +163,12 @@ static void run(void (*function)(void *), void *data, int threads)
 
 /* -- y = x W^T + bias -------------------------------------------------------------------------------------------------- */
 
+/* Rows that one thread begins with. A cache line of its own for each. */
+typedef struct {
+    _Alignas(64) atomic_llong next;
+    int64_t end;
+} range;
+
 typedef struct {
     const tq_engine *engine;
     const tq_layer *layer;
@@ -171,6 +177,7 @@ typedef struct {
     tq_activations act;
     const char *x;
     int64_t tokens, x_stride, grain, threads;
+    range *ranges;               /* one per thread */
     char *y;
     int type;
     char *scratch;               /* one part per thread */
@@ -220,6 +227,18 @@ static float value_of(const void *values, int type, int64_t i)
     return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
 }
 
+/* count values to results from `at` on. */
+static void write_values(void *results, int type, int64_t at, const float *values, int64_t count)
+{
+    uint16_t *halves = (uint16_t *)results + at;
+    if (type == FLOAT32)
+        memcpy((float *)results + at, values, (size_t)count * 4);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) halves[i] = to_half(values[i]);
+}
+
 /* Sums [rows][stride] of `count` tokens to results. */
 static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64_t count, const float *sums, int64_t stride)
 {
@@ -235,28 +254,30 @@ static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64
         const double scale = j->act.token_scale[token + t];
         const int64_t at = (token + t) * layer->rows + row;
         for (int64_t i = 0; i < rows; i++) value[i] = (float)(sums[i * stride + t] * (scale * factor[i]) + bias[i]);
-        if (j->type == FLOAT32)
-            memcpy((float *)j->y + at, value, (size_t)rows * 4);
-        else if (j->type == BFLOAT16)
-            for (int64_t i = 0; i < rows; i++) ((uint16_t *)j->y)[at + i] = to_bfloat(value[i]);
-        else
-            for (int64_t i = 0; i < rows; i++) ((uint16_t *)j->y)[at + i] = to_half(value[i]);
+        write_values(j->y, j->type, at, value, rows);
     }
 }
 
-/* Takes the next rows that nobody has taken: at first large pieces, since memory is read fastest in long runs, then smaller
- * ones, so that all threads end together. */
-static int64_t take_rows(job *j, int64_t *row)
+/* Each thread begins with rows of its own, one run of memory, of which what is prefetched serves itself, and then helps others
+ * with theirs, so that all end together. */
+static void share_rows(job *j)
 {
-    long long from = atomic_load(&j->next), rows;
-    do {
-        const int64_t left = j->layer->rows - from;
-        if (left <= 0) return 0;
-        rows = left / (2 * j->threads) / j->grain * j->grain;
-        rows = rows < j->grain ? (left < j->grain ? left : j->grain) : rows;
-    } while (!atomic_compare_exchange_weak(&j->next, &from, from + rows));
-    *row = from;
-    return rows;
+    const int64_t rows = j->layer->rows;
+    for (int64_t t = 0; t < j->threads; t++) {
+        atomic_init(&j->ranges[t].next, rows * t / j->threads / 4 * 4);
+        j->ranges[t].end = t + 1 < j->threads ? rows * (t + 1) / j->threads / 4 * 4 : rows;
+    }
+}
+
+/* Takes the next rows that nobody has taken, from range `*at` on; 0: there are none. */
+static int64_t take_rows(job *j, int64_t *at, int64_t *tried, int64_t *row)
+{
+    for (; *tried < j->threads; ++*tried, *at = (*at + 1) % j->threads) {
+        range *from = j->ranges + *at;
+        *row = atomic_fetch_add(&from->next, j->grain);
+        if (*row < from->end) return from->end - *row < j->grain ? from->end - *row : j->grain;
+    }
+    return 0;
 }
 
 static void multiply_share(void *data)
@@ -264,15 +285,12 @@ static void multiply_share(void *data)
     job *j = data;
     tq_kernel *const kernel = j->act.exact ? j->engine->exact : j->engine->integer;
     float sums[ROWS * TOKENS];
-    int64_t row = 0;
-    for (int64_t taken; (taken = take_rows(j, &row)) > 0;)
-        for (const int64_t end = row + taken; row < end; row += j->grain) {
-            const int64_t left = end - row, rows = left < j->grain ? left : j->grain;
-            for (int64_t token = 0; token < j->tokens; token += TOKENS) {
-                const int64_t rest = j->tokens - token, count = rest < TOKENS ? rest : TOKENS;
-                kernel(j->layer, &j->act, row, rows, token, count, sums);
-                finish(j, row, rows, token, count, sums, TOKENS);
-            }
+    int64_t row, at = atomic_fetch_add(&j->next_scratch, 1), tried = 0;
+    for (int64_t rows; (rows = take_rows(j, &at, &tried, &row)) > 0;)
+        for (int64_t token = 0; token < j->tokens; token += TOKENS) {
+            const int64_t rest = j->tokens - token, count = rest < TOKENS ? rest : TOKENS;
+            kernel(j->layer, &j->act, row, rows, token, count, sums);
+            finish(j, row, rows, token, count, sums, TOKENS);
         }
 }
 
@@ -327,7 +345,8 @@ static char *allocate(job *j, int threads)
     const int64_t tiles = j->mode == TILED ? TILE_ROWS * (TILE_COLUMNS * 2 + m * 4) : 0, rotated = aligned(6 * columns);
     j->scratch_bytes = aligned(tiles > rotated ? tiles : rotated);
     j->prepare = j->mode == TILED ? j->engine->tiled->prepare : j->engine->prepare;
-    char *memory = aligned_alloc(64, (size_t)(factors + 2 * scales + values + threads * j->scratch_bytes));
+    const int64_t ranges = threads * (int64_t)sizeof(range);
+    char *memory = aligned_alloc(64, (size_t)(factors + 2 * scales + values + threads * j->scratch_bytes + ranges));
     if (!memory) return NULL;
     j->act.blocks = blocks;
     j->act.token_scale = (double *)memory;
@@ -335,6 +354,7 @@ static char *allocate(job *j, int threads)
     j->act.correction = (float *)(memory + factors + scales);
     j->act.values = memory + factors + 2 * scales;
     j->scratch = memory + factors + 2 * scales + values;
+    j->ranges = (range *)(j->scratch + threads * j->scratch_bytes);
     return memory;
 }
 
@@ -365,10 +385,60 @@ API int tq_linear(const tq_call *call, const void *x, void *y, int64_t m, int th
     grain = grain > fits ? fits : grain;
     j.grain = grain > ROWS ? ROWS : grain < 4 ? 4 : grain / 4 * 4;
     j.threads = threads;
+    share_rows(&j);
     atomic_init(&j.next, 0);
     atomic_init(&j.next_scratch, 0);
     run(j.mode == TILED ? tile_share : multiply_share, &j, threads);
     free(memory);
+    return 0;
+}
+
+/* -- rows of an embedding -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const tq_layer *layer;
+    const int64_t *ids;
+    int64_t count;
+    void *out;
+    int type;
+    float *scratch;              /* a row per thread */
+    atomic_int next_scratch;
+    atomic_llong next;
+} lookup;
+
+/* The rotation is its own inverse but for the signs, which come last. Rows are decoded by the portable engine, which leaves
+ * columns in their order. */
+static void look_up_share(void *data)
+{
+    lookup *l = data;
+    const tq_layer *layer = l->layer;
+    const int64_t columns = layer->blocks * BLOCK, k = layer->in_features;
+    float *row = l->scratch + columns * atomic_fetch_add(&l->next_scratch, 1);
+    const double root = sqrt((double)layer->rotation);
+    for (int64_t i; (i = atomic_fetch_add(&l->next, 1)) < l->count;) {
+        tq_portable.decode(layer, l->ids[i], 1, row, columns);
+        for (int64_t j = 0; j < columns; j += layer->rotation) hadamard(row + j, layer->rotation);
+        const double factor = ldexp(1, 19 + layer->exponents[l->ids[i]]) / root;
+        for (int64_t j = 0; j < k; j++) row[j] = (float)(row[j] * factor) * layer->signs[j];
+        write_values(l->out, l->type, i * k, row, k);
+    }
+}
+
+/* Rows of the weight, as it was before the rotation, to out [count, in_features]. 0: done, 1: no memory, 2: there is no row
+ * with one of the numbers. */
+API int tq_look_up(const tq_layer *layer, const int64_t *ids, int64_t count, void *out, int type, int threads)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= layer->rows) return 2;
+    const int64_t columns = layer->blocks * BLOCK;
+    if (count * columns < SERIAL_WORK / 8) threads = 1; /* a column costs as much as eight products */
+    lookup l = {.layer = layer, .ids = ids, .count = count, .out = out, .type = type};
+    l.scratch = malloc((size_t)(threads * columns) * 4);
+    if (!l.scratch) return 1;
+    atomic_init(&l.next, 0);
+    atomic_init(&l.next_scratch, 0);
+    run(look_up_share, &l, threads);
+    free(l.scratch);
     return 0;
 }
 

@@ -72,6 +72,7 @@ _FUNCTIONS = {  # name: result, arguments
     "tq_codebook_init": (None, (c_void_p, c_void_p, c_void_p, c_int, c_int)),
     "tq_set_parallel": (None, (c_void_p,)),
     "tq_linear": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
+    "tq_look_up": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int)),
     "tq_rotate": (c_int, (c_int, c_void_p, c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_int)),
     "tq_feed_back": (None, (c_int, c_void_p, c_int)),
     "tq_decode_rows": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),

@@ -20,6 +20,11 @@ from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, keeps_precision, padded_features, rotation_block, signs
 from .library import TYPES, Call, Engine, Layer, always_exact, chosen, library
 
+try:
+    from . import _call as calls
+except ImportError:  # built without Python's headers, or an interpreter without the stable ABI: layers call `product` below
+    calls = None  # type: ignore[assignment]
+
 DTYPES = tuple(TYPES)
 _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
 # Tokens from which rows are decoded once into a tile: for the engine's own bfloat16 product, where it has one, or for
@@ -30,6 +35,7 @@ _BLAS_TOKENS = 32
 _TILE_BYTES = 4 << 20
 
 Parameters = Mapping[str, Any]  # by the names of a layer's attributes, "bias" included; absent ones are None
+Product = Callable[[Tensor, Parameters], "Tensor | None"]
 
 
 @functools.cache
@@ -58,13 +64,14 @@ class Bound:
     """A layer whose tensors were checked, ready to be called again and again. It holds none of their memory.
 
     ``product(x, parameters)``, for ``x`` a plain tensor on a CPU, is what :func:`multiply` returns, or None: if these
-    parameters are not those that were checked, or if the layer does not take such an ``x``.
+    parameters are not those that were checked, or if the layer does not take such an ``x``. ``at_once``, the same in C for a
+    few tokens, also asks what ``is_direct`` of ops.py asks, and returns None wherever ``product`` should look.
     """
 
-    __slots__ = ("product",)
+    __slots__ = ("at_once", "product")
 
-    def __init__(self, product: Callable[[Tensor, Parameters], Tensor | None]) -> None:
-        self.product = product
+    def __init__(self, product: Product, at_once: Product) -> None:
+        self.product, self.at_once = product, at_once
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # the copy of a layer, in this process or another one, has addresses of its own
@@ -85,11 +92,11 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
     layer, address, _, _ = _checked(PackedWeight(*planes), bias, in_features, *layout)
     c = library()
     assert c is not None
-    calls = {}
+    structures = {}
     for dtype, number in TYPES.items():
         mode = _EXACT if dtype == torch.float32 or always_exact() else _INTEGER
-        calls[dtype] = Call(address, in_features * dtype.itemsize, engine.number, mode, number)
-    addresses = {dtype: ctypes.addressof(call) for dtype, call in calls.items()}
+        structures[dtype] = Call(address, in_features * dtype.itemsize, engine.number, mode, number)
+    addresses = {dtype: ctypes.addressof(call) for dtype, call in structures.items()}
     # Of the tensors that were checked: the layer may have others by now, from another thread.
     known: list[Any] = [None if t is None else (t.data_ptr(), t.nbytes, t.dtype) for t in (*planes, bias)]
     codes_known, residual_known, scales_known, exponents_known, bias_known = known
@@ -128,8 +135,38 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
             raise MemoryError("no memory for the rotated activations")
         return out
 
-    product.owned = layer, calls  # type: ignore[attr-defined]  # whose addresses it passes on
-    return Bound(product)
+    product.owned = layer, structures  # type: ignore[attr-defined]  # whose addresses it passes on
+    at_once = None
+    if calls is not None and _has_calls():
+        owner = layer, structures, run
+        run_at = ctypes.cast(run, ctypes.c_void_p).value
+        assert run_at is not None
+        at_once = calls.bind(run_at, tuple(addresses.values()), (*planes, bias), in_features, rows, few, owner)
+    return Bound(product, at_once or _elsewhere)
+
+
+def _elsewhere(x: Tensor, parameters: Parameters) -> None:
+    """``at_once`` where there are no calls in C."""
+
+
+_watchers: tuple[Callable[[], Any], ...] = ()
+
+
+def watch(*functions: Callable[[], Any]) -> None:
+    """Says what must all return something false before a call in C may leave the dispatcher out; see ``is_direct``."""
+    global _watchers
+    _watchers = functions
+
+
+@functools.cache
+def _has_calls() -> bool:
+    """Prepares calls in C. PyTorch older than 2.10 does not say in C where a tensor lies."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    keywords = tuple({"dtype": dtype} for dtype in TYPES)
+    return exchange is not None and calls.prepare(
+        Tensor, torch.nn.Parameter, exchange, torch.empty, keywords, torch.get_num_threads, torch.is_grad_enabled,
+        _watchers, vars(torch.autograd.forward_ad),
+    )  # fmt: skip
 
 
 class _Described(NamedTuple):
@@ -299,3 +336,22 @@ def _with_blas(flat: Tensor, described: _Described, result: Tensor, engine: Engi
             part += bias[start : start + rows]
         out[:, start : start + rows] = part
     return result
+
+
+def look_up(ids: Tensor, packed: PackedWeight, in_features: int, layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows of the weight: ``W[ids]`` [*ids.shape, in_features] of ``dtype``, one of ``DTYPES``, for int32 or int64 ids."""
+    described = _describe(packed, None, in_features, layout)
+    flat = ids.reshape(-1).long().contiguous()
+    if not flat.is_cpu:
+        raise QuantizationError(f"ids are on {ids.device}: the CPU is needed here")
+    out = torch.empty((*ids.shape, in_features), dtype=dtype)
+    c = library()
+    assert c is not None
+    failed = c.tq_look_up(
+        described.address, flat.data_ptr(), flat.numel(), out.data_ptr(), TYPES[dtype], torch.get_num_threads()
+    )
+    if failed == 2:
+        raise IndexError(f"ids are {flat.min()} to {flat.max()}: rows 0 to {described.layer.rows - 1} are there")
+    if failed:
+        raise MemoryError("no memory for rows of an embedding")
+    return out
