@@ -100,7 +100,10 @@ static void read_values(const void *values, int type, int64_t count, double *out
         uint16_t half;
         float value;
         if (type == FLOAT32) memcpy(&value, (const char *)values + 4 * i, 4);
-        else memcpy(&half, (const char *)values + 2 * i, 2), value = type == BFLOAT16 ? bfloat_to_float(half) : half_to_float(half);
+        else {
+            memcpy(&half, (const char *)values + 2 * i, 2);
+            value = type == BFLOAT16 ? bfloat_to_float(half) : half_to_float(half);
+        }
         out[i] = value;
     }
 }

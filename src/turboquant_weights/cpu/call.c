@@ -1,14 +1,14 @@
 /* A bound layer's call in C: what linear.py's `product` does for a few tokens, without the interpreter in between.
  *
  * A module of its own, built where Python's headers are; without it linear.py's way is taken. It keeps to the stable ABI of
- * Python 3.10, so that one build serves every later version, and to DLPack's exchange table, through which PyTorch says where
- * a tensor lies without headers of its own.
+ * Python 3.10, so that one build serves every later version, and to DLPack's exchange table, through which PyTorch says
+ * where a tensor lies without headers of its own.
  */
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 #include <stdint.h>
 
-/* -- DLPack 1.x, as far as it is needed here ------------------------------------------------------------------------------- */
+/* -- DLPack 1.x, as far as it is needed here ---------------------------------------------------------------------------- */
 
 typedef struct {
     void *data;
@@ -29,7 +29,7 @@ typedef struct {
 
 enum { ON_CPU = 1, FLOAT_CODE = 2, BFLOAT_CODE = 4 };
 
-/* -- what all layers share ------------------------------------------------------------------------------------------------- */
+/* -- what all layers share ---------------------------------------------------------------------------------------------- */
 
 enum { CODES, RESIDUAL, SCALES, EXPONENTS, BIAS, TENSORS };
 enum { TYPES = 3 };              /* float32, float16, bfloat16, as in engine.h */
@@ -145,7 +145,10 @@ static PyObject *multiply(const bound *layer, PyObject *x, PyObject *const *tens
     int64_t count, results;
     if (Py_TYPE(x) != (PyTypeObject *)torch.tensor || !describe(x, &input, &count)) return Py_NewRef(Py_None);
     const int32_t kind = type_of(&input);
-    const int type = kind == (FLOAT_CODE << 8 | 32) ? 0 : kind == (FLOAT_CODE << 8 | 16) ? 1 : kind == (BFLOAT_CODE << 8 | 16) ? 2 : -1;
+    const int type = kind == (FLOAT_CODE << 8 | 32)    ? 0
+                     : kind == (FLOAT_CODE << 8 | 16)  ? 1
+                     : kind == (BFLOAT_CODE << 8 | 16) ? 2
+                                                       : -1;
     if (type < 0 || !input.ndim || input.shape[input.ndim - 1] != layer->in_features) return Py_NewRef(Py_None);
     const int64_t tokens = count / layer->in_features;
     if (tokens < 1 || tokens >= layer->few) return Py_NewRef(Py_None);
@@ -193,7 +196,7 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 static PyMethodDef call_definition = {"product", (PyCFunction)(void (*)(void))call, METH_FASTCALL,
                                       "product(x, parameters): x W^T + bias, or None: ask elsewhere"};
 
-/* -- the module ------------------------------------------------------------------------------------------------------------ */
+/* -- the module --------------------------------------------------------------------------------------------------------- */
 
 static void release(PyObject *capsule)
 {
@@ -202,8 +205,8 @@ static void release(PyObject *capsule)
     PyMem_Free(layer);
 }
 
-/* bind(run, calls, tensors, in_features, rows, few, owner): `run` and the three `calls`, in the order of engine.h's types, are
- * addresses; `tensors` are those of the layer, in the order of `names`. None: one of them is not for this way. */
+/* bind(run, calls, tensors, in_features, rows, few, owner): `run` and the three `calls`, in the order of engine.h's types,
+ * are addresses; `tensors` are those of the layer, in the order of `names`. None: one of them is not for this way. */
 static PyObject *bind(PyObject *module, PyObject *arguments)
 {
     (void)module;
@@ -244,8 +247,8 @@ static PyObject *bind(PyObject *module, PyObject *arguments)
     return function;
 }
 
-/* prepare(Tensor, Parameter, exchange, empty, keywords, threads, grad_enabled, watchers, forward_ad): once, before anything is
- * bound. False: this PyTorch's table is of another kind. */
+/* prepare(Tensor, Parameter, exchange, empty, keywords, threads, grad_enabled, watchers, forward_ad): once, before anything
+ * is bound. False: this PyTorch's table is of another kind. */
 static PyObject *prepare(PyObject *module, PyObject *arguments)
 {
     (void)module;
