@@ -40,7 +40,7 @@ class EngineHook(BuildHookInterface):
             compiling.build_calls(room / compiling.CALLS)
             built.append(compiling.CALLS)
         except compiling.CompilerError as error:
-            self.app.display_warning(f"Calls of turboquant-weights' CPU engine will take ten microseconds longer: {error}")
+            self.app.display_warning(f"Calls of turboquant-weights' CPU engine will take some 20 us longer: {error}")
         if self.folder:
             for name in built:
                 build_data["force_include"][str(room / name)] = f"turboquant_weights/cpu/{name}"

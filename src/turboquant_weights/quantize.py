@@ -198,8 +198,8 @@ def _calibrated(
     try:
         with dense_stacks(model, job.stacks), BlockStream(model, tokens, device) as stream:
             calibrator = Calibrator(stream, configs, install)
-            inside = {id(module) for block in stream.blocks for module in block.modules()}
-            behind = [name for name in job.targets if id(model.get_submodule(name)) not in inside]
+            outside = {id(module) for module in stream.outside()}
+            behind = [name for name in job.targets if id(model.get_submodule(name)) in outside]
             tail = OriginalTail(stream, [*behind, *job.tied])
             _embeddings(job, calibrator, store, progress, embeddings)
             if embeddings:

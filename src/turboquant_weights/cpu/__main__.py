@@ -13,4 +13,4 @@ try:
     build_calls(FOLDER / CALLS)
     print(f"built {FOLDER / CALLS}")
 except CompilerError as error:
-    print(f"not built, so that each call takes some ten microseconds longer: {FOLDER / CALLS}: {error}")
+    print(f"not built, so that each call takes some 20 us longer: {FOLDER / CALLS}: {error}")
