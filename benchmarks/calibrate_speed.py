@@ -6,7 +6,8 @@ The model stays in main memory in bf16; one block at a time is worked on by the 
 everything that torch allocated there: the block and its original, two sets of hidden states, second moments and their
 factors, the embedding and the head. With --blocks only the first few blocks are built; the whole model's time is then
 the time of a block times their number, and what is tuned behind the last block once, and the result says so. Random
-tokens: the time does not depend on them.
+tokens: the time does not depend on them. Host memory is the process's peak (resident), beside what it had with the model
+built: what calibration needs there beyond the model does not depend on the number of blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import pathlib
 import platform
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +40,18 @@ SHAPES = {
             tie_word_embeddings=False,
         ),
     ),
+    "qwen2.5-32b": (
+        Qwen2ForCausalLM,
+        Qwen2Config(
+            vocab_size=152064,
+            hidden_size=5120,
+            intermediate_size=27648,
+            num_hidden_layers=64,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            tie_word_embeddings=False,
+        ),
+    ),
     "smollm2-135m": (
         LlamaForCausalLM,
         LlamaConfig(
@@ -56,6 +70,11 @@ SHAPES = {
 def _resized(config: PretrainedConfig, **changes: object) -> PretrainedConfig:
     """``config`` with ``changes``; what is listed per layer follows from them."""
     return type(config)(**{**config.to_dict(), "layer_types": None, **changes})
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class _Timed:
@@ -103,6 +122,7 @@ def main() -> None:
     cuda = args.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    model_bytes, built = sum(parameter.nbytes for parameter in model.parameters()), _resident()
     start = time.perf_counter()
     settings = Calibration(tokens, args.samples, args.length, args.device)
     tail = _Timed(quantize.tune_tail)
@@ -123,6 +143,9 @@ def main() -> None:
         "seconds_tail": tail.seconds,
         "seconds_whole_model": (seconds - tail.seconds) / config.num_hidden_layers * whole + tail.seconds,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "model_bytes": model_bytes,
+        "host_bytes_before": built,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     print(json.dumps(record, indent=1))
     if args.out:

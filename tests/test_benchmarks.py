@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import tiny_llama
 from torch import Tensor
+
+from turboquant_weights import TurboQuantConfig, quantize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -182,6 +186,31 @@ def test_the_remembered_reference_is_the_reference(benchmark) -> None:
     capped = quality.Remembered(transformers.Gemma2ForCausalLM(gemma).eval())
     with torch.no_grad(), pytest.raises(SystemExit, match="after the output head"):
         capped(input_ids=first, use_cache=False)
+
+
+def test_sensitivities_that_are_measured_unit_by_unit(benchmark, capsys) -> None:
+    """They agree with the Fisher information's where a model is linear enough, and the model is left as it was."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    ablation = benchmark("calibration_ablation")
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.1, hidden_size=64).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.randint(0, 97, (16, 64))
+    found = {}
+    for name in ("3.2x, as shipped", "3.2x, Fisher information alone", *(n for n in ablation.BUDGET if "measured" in n)):
+        change = ablation.BUDGET[name]
+        with change() if change else contextlib.nullcontext():
+            plan = quantize.plan_bits(model, TurboQuantConfig(), tokens=tokens, progress=False)
+        found[name] = {unit.names: unit.sensitivity for unit in plan.units}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    shipped, fisher, free, calibrated = found.values()
+    assert all(fisher[names] != value for names, value in shipped.items() if "model.embed_tokens" not in names)
+    for values in (free, calibrated):
+        assert values.keys() == shipped.keys()
+        assert all(0.2 < values[names] / value < 5 for names, value in shipped.items())
+    printed = capsys.readouterr().out
+    assert printed.count("correlation of the logarithms 0.9") == 2, printed
 
 
 def test_experts(benchmark) -> None:

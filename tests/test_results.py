@@ -26,6 +26,7 @@ def check(lines):
         "whole-file-wikitext-smollm2-h200",
         "peers-smollm2-cpu",
         "gemma3-h100",
+        "gemma3-calibrated-h200",
     ],
 )
 def test_quality(name):

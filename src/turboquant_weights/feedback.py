@@ -88,7 +88,8 @@ class Moments:
             strip = slice(start, start + self._strip)
             self._upper[strip, start:].addmm_(inputs[:, strip].T, inputs[:, start:])
         if original is not None:
-            self.drift.addmm_((original.reshape(inputs.shape).float() - inputs).T, inputs)
+            difference = original.reshape(inputs.shape).to(torch.float32, copy=True).sub_(inputs)
+            self.drift.addmm_(difference.T, inputs)
         self.count += inputs.shape[0]
 
     def add_white(self, share: float) -> None:

@@ -21,7 +21,7 @@ from .stream import Batch, BlockStream
 _TOKENS = 1 << 15  # read at most; every eighth piece of them decides whether the result is kept
 _PIECE = 1024  # tokens at a time: bounds the memory for logits
 _PIECES = 4  # per step
-_ROWS = 128  # tokens whose logits are in float32 at a time
+_CPU_LOGITS, _GPU_LOGITS = 1 << 20, 1 << 23  # that are in float32 at a time: a few tokens', which a CPU's cache should hold
 _RATE, _BETAS = 2e-3, (0.9, 0.95)  # of Adam, on changes relative to the parameter
 
 # Token ids, hidden states of the quantized model, and of the original one: [1, l, ...].
@@ -119,12 +119,11 @@ def tune_tail(stream: BlockStream, original: Sequence[Batch], tail: OriginalTail
         wanted, found = logits(piece)
         if not found.requires_grad:  # a tail without vectors, behind an embedding that has some
             return (None,) * len(named)
-        error = torch.empty_like(found)
         with torch.no_grad():
-            for p, q, out in _rows(wanted, found, error):
-                out.copy_(q.float().softmax(-1).sub_(p.float().softmax(-1)).div_(len(found.flatten(0, -2))))
+            for p, q in _rows(wanted, found):  # in the place of `wanted`, which is as large as a piece's memory gets
+                p.copy_(q.float().softmax(-1).sub_(p.float().softmax(-1)).div_(len(found.flatten(0, -2))))
         parameters = [named[name] for name in names]
-        return torch.autograd.grad(found, parameters, error, allow_unused=True)
+        return torch.autograd.grad(found, parameters, wanted, allow_unused=True)
 
     wants = {name: parameter.requires_grad for name, parameter in named.items()}
     before = mean_loss()
@@ -160,7 +159,8 @@ def _divergence(wanted: Tensor, found: Tensor) -> float:
 
 def _rows(*logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views [r, v] of a few tokens each: float32 copies of all at once would be most of the memory."""
-    return zip(*(t.flatten(0, -2).split(_ROWS) for t in logits), strict=True)
+    most = _CPU_LOGITS if logits[0].is_cpu else _GPU_LOGITS
+    return zip(*(t.flatten(0, -2).split(max(1, most // t.shape[-1])) for t in logits), strict=True)
 
 
 def _descend(
