@@ -66,10 +66,10 @@ PEERS = {"tinygemm": tinygemm, "bitsandbytes": bitsandbytes_nf4}
 def compile_share(index: int, count: int) -> None:
     """Fills Triton's cache on disk with one worker's share of all variants."""
     jobs = dict.fromkeys(
-        (residual, tokens, schedule._replace(split=min(schedule.split, 2)))
+        (residual, tokens, schedule._replace(split=2) if getattr(schedule, "split", 1) > 2 else schedule)
         for residual in RESIDUALS
         for tokens in (1, 16, 32, 64, 128)
-        for schedule in tune.candidates(tokens, 8192, 8192)
+        for schedule in tune.candidates(tokens, 8192, 8192, residual)
     )
     for residual, tokens, schedule in list(jobs)[index::count]:
         x = torch.randn(tokens, 8192, device="cuda", dtype=torch.bfloat16)

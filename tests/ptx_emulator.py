@@ -111,7 +111,7 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, **_):
     outs = []
     for i, element in enumerate(types):
         mine = np.stack(registers[i * results // len(types) : (i + 1) * results // len(types)], -1)
-        numpy_type = {tl.float16: np.float16, tl.uint8: np.uint8, tl.int32: np.int32}[element]
+        numpy_type = {tl.float16: np.float16, tl.uint8: np.uint8, tl.int8: np.int8, tl.int32: np.int32}[element]
         data = np.ascontiguousarray(mine).view(numpy_type).reshape(shape if shape else (1,))
         kind = tl.block_type(element, list(shape)) if shape else element
         outs.append(tl.tensor(interpreter.TensorHandle(data, element), kind))

@@ -27,9 +27,18 @@ import triton.runtime.interpreter as interpreter
 from ptx_emulator import inline_asm_elementwise, run
 
 from turboquant_weights.errors import QuantizationError, ScheduleError
-from turboquant_weights.kernels import decode, schedule
+from turboquant_weights.kernels import decode, integer, schedule
 from turboquant_weights.kernels import linear as kernels
-from turboquant_weights.kernels.schedule import Rotating, Rotation, Slices, SplitK, StreamK, choose, streamk_stages
+from turboquant_weights.kernels.schedule import (
+    Integer,
+    Rotating,
+    Rotation,
+    Slices,
+    SplitK,
+    StreamK,
+    choose,
+    streamk_stages,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -55,12 +64,14 @@ def _working_interpreter(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """What a kernel forgets to write is NaN (or 127): never a lucky zero."""
+    """What a kernel forgets to write is NaN, bytes of a workspace in half precision and in float32: never a lucky zero."""
 
     def poisoning(allocate):
         def poisoned(*args, **kwargs):
             out = allocate(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(127)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(255 if out.dtype == torch.uint8 else 127)
 
         return poisoned
 
@@ -162,12 +173,26 @@ def test_assembly_decodes_the_codebook_exactly(residual_bits):
             assert np.array_equal(halves[8 * w + position], table[index])
 
 
+@needs_interpreter
+def test_integer_assembly_decodes_the_codebook_exactly():
+    random = np.random.default_rng(0)
+    words = [random.integers(0, 2**32, 4099, dtype=np.uint32) for _ in range(4)]
+    tables = [np.full_like(words[0], word & 0xFFFFFFFF) for word in (*integer.NEGATIVE, *integer.POSITIVE) for _ in range(4)]
+    registers = [r.view(np.int8).reshape(-1, 4) for r in run(integer.assembly(), 16, words + tables)]
+    table = np.array([float(level) for level in levels(4, 0)])
+    for p, word in enumerate(words):
+        for half in (0, 1):
+            c = registers[4 * p + half].astype(int) + registers[4 * p + 2 + half]
+            for i in range(4):
+                assert np.array_equal(c[:, i] + 0.5, table[(word >> np.uint32(16 * half + 4 * i)) & 15])
+
+
 def test_assembly_results_share_no_register_with_operands():
     """Results are written before the last operand is read. The emulator cannot see that two of them share a register."""
-    matmuls = decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS
+    matmuls = decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS, integer._CONSTRAINTS
     for constraints in (*matmuls, decode._BFLOAT_BASE_CONSTRAINTS, decode._BFLOAT_NESTED_CONSTRAINTS):
         assert all(c.startswith("=&") for c in constraints.value.split(",") if "=" in c)
-    assert inspect.getsource(decode).count('"=r,') == 2  # _register and the scales, which write their result last
+    assert inspect.getsource(decode).count('"=r,') == 2  # register and the scales, which write their result last
 
 
 def scheduled(chosen):
@@ -200,6 +225,28 @@ def test_every_schedule_on_the_assembly_path(chosen, planes, assembly_on_cpu):
     tokens = {SplitK: 33, Slices: 7, Rotating: 1}[type(chosen)]
     for n, k in ((67, 1024), (33, 896), (40, 288)):  # whole turns, a missing turn, a missing part of a tile
         check(*inputs(tokens, n, k), n, k, *planes, function=scheduled(chosen))
+
+
+INTEGERS = [Integer(16, 2, 1, 2), Integer(16, 4, 1, 2), Integer(32, 2, 2, 2), Integer(16, 1, 3, 3)]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("chosen", INTEGERS)
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(67, 1024, 128), (33, 896, 64), (40, 288, 32), (16, 32, 128), (65, 100, 64)]
+)
+def test_integers(n, k, group_size, chosen, assembly_on_cpu):
+    """Whole turns, a missing turn, missing parts of a tile and of a scale."""
+    check(*inputs(1, n, k), n, k, 4, 0, group_size, seed=5, function=scheduled(chosen))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 8, 1, 2), Integer(16, 2, 6, 4)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_integers_on_a_gpu(dtype, chosen):
+    for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32), (65, 100), (4608, 3584)):
+        check(*inputs(1, n, k, dtype), n, k, 4, 0, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
@@ -240,8 +287,9 @@ def test_every_rotation_block_inside_the_product(k, group_size, assembly_on_cpu)
 
 
 @needs_interpreter
+@pytest.mark.parametrize("chosen", [Rotating(2), Integer(16, 2, 1, 2)])
 @pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 300.0, 6e4])
-def test_one_token_of_any_magnitude(magnitude, assembly_on_cpu):
+def test_one_token_of_any_magnitude(magnitude, chosen, assembly_on_cpu):
     """Half precision holds 6e4; sixteen of them would not fit. Tiles of one token may differ by any factor."""
     weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(0)) * 1e-3
     packed = reference.quantize_weight(weight).weight
@@ -249,12 +297,15 @@ def test_one_token_of_any_magnitude(magnitude, assembly_on_cpu):
     signs = torch.sign(torch.randn(1, 512, generator=torch.Generator().manual_seed(1)))
     for factors in (torch.ones(512), torch.ones(512).masked_fill(torch.arange(512) < 256, 1e-3), torch.eye(512)[300]):
         x = (signs * magnitude * factors).half()
-        got = kernels.linear(x, packed, None, 512, bits=4, residual_bits=0, group_size=128, seed=0)
+        got = scheduled(chosen)(x, packed, None, 512, bits=4, residual_bits=0, group_size=128, seed=0)
         want = x.double() @ exact.T
         tiny = 2.0**-24 * 40**0.5  # the result's own rounding, where it is subnormal
         assert (got.double() - want).norm() <= 1e-3 * want.norm() + tiny
-    zeros = kernels.linear(torch.zeros(1, 512).half(), packed, None, 512, bits=4, residual_bits=0, group_size=128, seed=0)
-    assert (zeros == 0).all()
+    for value in (0.0, float("inf"), float("nan")):
+        x = torch.zeros(1, 512).half()
+        x[0, 300] = value
+        got = scheduled(chosen)(x, packed, None, 512, bits=4, residual_bits=0, group_size=128, seed=0)
+        assert (got == 0).all() if value == 0 else not got.isfinite().any()
 
 
 def stack(n: int, k: int, residual_bits: int):
@@ -491,13 +542,18 @@ def test_a_bias_on_another_device_is_an_error():
 def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path):
     path = tmp_path / "schedules.json"
     entry = dict(gpu="made up", rows=64, columns=128, residual_bits=0)
-    for tokens, chosen, fine in ((1, [8], True), (8, [8, 1], True), (8, [8], False), (16, [8, 1], False)):
+    four = [16, 2, 1, 2]
+    fine, refused = ((1, [8]), (8, [8, 1]), (1, four)), ((8, [8]), (16, [8, 1]), (8, four))
+    for tokens, chosen in (*fine, *refused):
         path.write_text(json.dumps([entry | dict(tokens=tokens, schedule=chosen)]))
-        if fine:
+        if (tokens, chosen) in fine:
             schedule.read(path)
         else:
-            with pytest.raises(ScheduleError, match="one integer is a schedule for 1 token, two are for at most 8"):
+            with pytest.raises(ScheduleError, match="one integer or four are for 1 token, two are for at most 8"):
                 schedule.read(path)
+    path.write_text(json.dumps([entry | dict(residual_bits=4, tokens=1, schedule=four)]))
+    with pytest.raises(ScheduleError, match="four integers are for layers without a residual"):
+        schedule.read(path)
 
 
 def test_extreme_row_exponents():
@@ -563,7 +619,12 @@ def test_heuristic_covers_everything():
             for columns in (32, 3584, 18944):
                 chosen = choose("none", tokens, rows, columns, 0)
                 tiles = max(1, -(-columns // 128))
-                if isinstance(chosen, Rotating):
+                if isinstance(chosen, Integer):
+                    assert tokens == 1
+                    assert rows * columns >= 1 << 23
+                    assert chosen.split == 1 or 2 * chosen.split * chosen.warps <= tiles
+                    assert choose("none", tokens, rows, columns, 4) != chosen  # it has no residual
+                elif isinstance(chosen, Rotating):
                     assert tokens == 1
                     assert 1 <= chosen.warps <= max(2, tiles)
                 elif isinstance(chosen, Slices):

@@ -226,7 +226,7 @@ _BH0, _BH1, _BL0, _BL1, _ = (tl.constexpr(word) for word in _base_tables(_bfloat
 
 
 @triton.jit
-def _register(WORD: tl.constexpr):
+def register(WORD: tl.constexpr):
     """A constant that the compiler does not recognise: it would put it into a uniform register and copy it back per use."""
     return tl.inline_asm_elementwise(
         "{ .reg .u32 zero; mov.u32 zero, %laneid; shr.u32 zero, zero, 5; add.u32 $0, $1, zero; }", "=r,r",
@@ -238,7 +238,7 @@ def _register(WORD: tl.constexpr):
 def tables(RESIDUAL_BITS: tl.constexpr):
     """Operands of the base decoder, to be made once per program."""
     if RESIDUAL_BITS == 0:
-        words = (_register(_H0), _register(_H1), _register(_L0), _register(_L1), _register(_SIGN))
+        words = (register(_H0), register(_H1), register(_L0), register(_L1), register(_SIGN))
     else:
         words = (0, 0, 0, 0, 0)
     return words
@@ -247,7 +247,7 @@ def tables(RESIDUAL_BITS: tl.constexpr):
 @triton.jit
 def bfloat_tables():
     """Operands of :func:`bfloat_assembly` without a residual."""
-    return _register(_BH0), _register(_BH1), _register(_BL0), _register(_BL1), _register(_SIGN)
+    return register(_BH0), register(_BH1), register(_BL0), register(_BL1), register(_SIGN)
 
 
 @triton.jit

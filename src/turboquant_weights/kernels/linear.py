@@ -20,11 +20,13 @@ from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
 from .decode import TILE, assembly, bfloat_assembly
 from .dequantize import dequantize_kernel, dequantize_words_kernel
+from .integer import BYTES_TILES, META_BYTES, integer_kernel, rotate_bytes_kernel
 from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
 from .rotating import rotating_kernel, routed_kernel
 from .schedule import (
     ROTATION_PROGRAMS,
     SLICE_ROWS,
+    Integer,
     Rotating,
     Schedule,
     Slices,
@@ -372,9 +374,24 @@ def _plan(
             level_addresses=(),
         )
     sizes = (tokens, rows, groups, tiles * TILE, *strides)
+    rotated = 2 * tokens * tiles * TILE
     levels: tuple[Tensor, ...] = ()
     arguments: tuple[Any, ...]
-    if isinstance(schedule, Slices):
+    if isinstance(schedule, Integer):
+        assert tokens == 1
+        assert decoder
+        assert not residual_bits
+        split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows
+        tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
+        order = NATURAL
+        arguments = (
+            *(rows, groups, tiles, strides[0], strides[2], split, has_bias, tail),
+            *(schedule.rows, schedule.warps, schedule.ahead, split > 1, pdl),
+        )
+        product = _Launch(integer_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
+        parts = slots * split if split > 1 else 0
+        rotated += META_BYTES * tiles
+    elif isinstance(schedule, Slices):
         split, slots, part = schedule.split, -(-rows // SLICE_ROWS), SLICE_ROWS * MOST_TOKENS
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
         order = SLICES
@@ -421,15 +438,23 @@ def _plan(
     constants = (sign, tile_matrix(block, order, device, dtype))
     slots = slots if parts else 0  # nobody counts
     offsets = [0]
-    for size in (2 * tokens * tiles * TILE, 4 * tokens, 4 * slots):
+    for size in (rotated, 4 * tokens, 4 * slots):
         offsets.append(offsets[-1] + -(-size // 256) * 256)
     total = offsets[3] + 4 * parts * part
-    turn = rotation(tokens, tiles * TILE)
-    rotation_grid = min(tokens, ROTATION_PROGRAMS), turn.parts, 1
-    rotation_arguments = (x_stride, tokens, slots, in_features, tiles, block**-0.5, turn.tiles, turn.chunk, pdl)
+    if isinstance(schedule, Integer):
+        turning = _Launch(
+            rotate_bytes_kernel, (-(-tiles // BYTES_TILES), 4, 1),
+            (slots, in_features, tiles, block**-0.5, BYTES_TILES, pdl), 4, pdl,
+        )  # fmt: skip
+    else:
+        turn = rotation(tokens, tiles * TILE)
+        turning = _Launch(
+            rotate_scaled_kernel, (min(tokens, ROTATION_PROGRAMS), turn.parts, 1),
+            (x_stride, tokens, slots, in_features, tiles, block**-0.5, turn.tiles, turn.chunk, pdl), turn.warps, pdl,
+        )  # fmt: skip
     return _Plan(
         product=product,
-        rotation=_Launch(rotate_scaled_kernel, rotation_grid, rotation_arguments, turn.warps, pdl),
+        rotation=turning,
         constants=constants,
         levels=levels,
         constant_addresses=tuple(t.data_ptr() for t in constants),

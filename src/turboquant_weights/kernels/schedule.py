@@ -32,6 +32,16 @@ class Slices(NamedTuple):
     split: int
 
 
+class Integer(NamedTuple):
+    """``integer.py``: one token, no residual, ``rows`` rows per program, ``warps * split`` slices of the columns, ``ahead``
+    tiles of each warp in flight."""
+
+    rows: int
+    warps: int
+    split: int
+    ahead: int
+
+
 class StreamK(NamedTuple):
     """``streamk.py``, on sm_90: tiles of ``64 * groups`` rows x ``block_m`` tokens, one program per multiprocessor with
     ``stages`` steps in flight."""
@@ -77,9 +87,9 @@ class Rotation(NamedTuple):
     warps: int
 
 
-Schedule = Rotating | Slices | StreamK | SplitK
-_KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 5: SplitK}  # by their number of fields
-_MOST_OF_KIND = {1: 1, 2: MOST_TOKENS}  # tokens
+Schedule = Rotating | Slices | StreamK | Integer | SplitK
+_KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 4: Integer, 5: SplitK}  # by their number of fields
+_MOST_OF_KIND = {1: 1, 2: MOST_TOKENS, 4: 1}  # tokens
 
 SLICE_ROWS = 16
 # What an H100 wants: programs of `rotating.py`, at most, by warps (without and with a residual), and the columns up to which
@@ -87,6 +97,10 @@ SLICE_ROWS = 16
 # programs of `splitk.py`, by block_m.
 _ROTATING_PROGRAMS = ({8: 264, 4: 660}, {8: 132, 4: 660})
 _ROTATING_COLUMNS = 8192
+# Weights from which on a second launch for the rotation pays, unless all programs of `rotating.py` run at once with 8 warps;
+# warps of `integer.py` that run at once.
+_INTEGER_WEIGHTS = 15 << 20
+_INTEGER_WARPS = 3100
 _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
@@ -125,7 +139,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (128, 2, 3),
         },
         (18944, 3584, 0): {
-            1: (2,),
+            1: (16, 2, 1, 2),
             8: (4, 1),
             16: (16, 64, 4, 1, 4),
             32: (32, 2, 4),
@@ -143,7 +157,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             256: (256, 2, 2),
         },
         (3584, 18944, 0): {
-            1: (8,),
+            1: (32, 4, 4, 2),
             8: (16, 64, 12, 1, 4),
             16: (16, 2, 4),
             32: (32, 2, 4),
@@ -160,8 +174,10 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 2, 3),
             256: (256, 2, 2),
         },
-        (8192, 8192, 0): {64: (64, 2, 3), 128: (128, 2, 4)},
+        (8192, 8192, 0): {1: (32, 2, 4, 2), 64: (64, 2, 3), 128: (128, 2, 4)},
         (8192, 8192, 4): {64: (64, 2, 3), 128: (128, 2, 3)},
+        (10240, 8192, 0): {1: (16, 4, 1, 2)},
+        (8192, 29568, 0): {1: (32, 4, 2, 2)},
     },
 }
 
@@ -184,9 +200,11 @@ def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int
             schedule = tuple(int(value) for value in entry["schedule"])
             tokens = int(entry["tokens"])
             if tokens not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
-                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1, 2, 3 or 5 positive integers")
+                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1 to 5 positive integers")
             if tokens > _MOST_OF_KIND.get(len(schedule), tokens):
-                raise ValueError(f"{entry}: one integer is a schedule for 1 token, two are for at most {_MOST_OF_KIND[2]}")
+                raise ValueError(f"{entry}: one integer or four are for 1 token, two are for at most {_MOST_OF_KIND[2]}")
+            if _KINDS[len(schedule)] is Integer and shape[2]:
+                raise ValueError(f"{entry}: four integers are for layers without a residual")
             table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
@@ -223,6 +241,8 @@ def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | 
                 schedule = _KINDS[len(entry)](*entry)
                 if not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns)):
                     return schedule
+        if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
+            return _integer(rows, columns)
         # Rotating takes registers, which a residual needs, too: over long rows two launches are faster then.
         if tokens == 1 and (not residual_bits or columns <= _ROTATING_COLUMNS):
             return rotating(rows, columns, residual_bits)
@@ -248,6 +268,20 @@ def rotating(rows: int, columns: int, residual_bits: int) -> Rotating:
     row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
     fitting = (w for w, most in _ROTATING_PROGRAMS[residual_bits > 0].items() if row_tiles <= most and 2 * w <= tiles)
     return Rotating(next(fitting, min(2, tiles)))
+
+
+def _is_for_integers(rows: int, columns: int) -> bool:
+    one_wave = rows <= SLICE_ROWS * _ROTATING_PROGRAMS[False][8] and columns <= _ROTATING_COLUMNS
+    return rows * columns >= _INTEGER_WEIGHTS and not one_wave
+
+
+def _integer(rows: int, columns: int) -> Integer:
+    """Two warps per program and as many splits as let all warps run at once; four where programs wait for others anyway."""
+    row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
+    if 2 * row_tiles > _INTEGER_WARPS:
+        return Integer(SLICE_ROWS, 4, 1, 2)
+    fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _INTEGER_WARPS and 4 * s <= tiles]
+    return Integer(SLICE_ROWS, 2, max(fitting, default=1), 2)
 
 
 def _slices(rows: int, columns: int) -> Slices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from .linear import fused, has_warp_groups
 from .schedule import (
     SLICE_ROWS,
     TOKENS,
+    Integer,
     Rotating,
     Schedule,
     Slices,
@@ -92,20 +94,26 @@ def schedule_time(x: Tensor, planes: Sequence[PackedWeight], residual_bits: int,
     return graph_time([lambda p=p: fused(x, p, None, out, *layout, schedule) for p in planes], repeats)  # type: ignore[misc]
 
 
-def candidates(tokens: int, rows: int, columns: int, residual_bits: int | None = None) -> list[Schedule]:
-    """Every schedule worth timing: enough programs for an H100, not more than a few waves. ``residual_bits`` is None where
-    `streamk.py` does not run."""
+def candidates(tokens: int, rows: int, columns: int, residual_bits: int, warp_groups: bool = False) -> list[Schedule]:
+    """Every schedule worth timing: enough programs for an H100, not more than a few waves. ``warp_groups``: `streamk.py`
+    runs."""
     tiles = -(-columns // 128)
     out: list[Schedule] = []
     if tokens == 1:
         out += [Rotating(warps) for warps in (1, 2, 4, 8) if warps == 1 or 2 * warps <= tiles]
+    if tokens == 1 and not residual_bits:
+        for height, warps in itertools.product((16, 32), (2, 4, 8)):
+            for split in _SPLITS:
+                total = -(-rows // height) * warps * split
+                if total >= 1000 and (split == 1 or total <= 4000) and 2 * warps * split <= tiles:
+                    out.append(Integer(height, warps, split, 2))
     if tokens <= MOST_TOKENS:
         for warps in (2, 4, 8):
             for split in _SPLITS:
                 total = -(-rows // SLICE_ROWS) * warps * split
                 if 1000 <= total <= 10_000 and warps * split <= tiles:
                     out.append(Slices(warps, split))
-    if residual_bits is not None and tokens > MOST_TOKENS:
+    if warp_groups and tokens > MOST_TOKENS:
         block_m = min(256, max(16, triton.next_power_of_2(tokens)))
         for tile in ((block_m, 2), (max(16, block_m // 2), 2), (min(block_m, 128), 3)):
             schedule = StreamK(*tile, streamk_stages(*tile, residual_bits))
@@ -129,7 +137,7 @@ def tune(
     warp_groups = has_warp_groups(x.device, residual_bits, columns)
     default = choose(gpu_name(x.device), tokens, rows, columns, residual_bits, warp_groups)
     quick = []
-    for schedule in dict.fromkeys([default, *candidates(tokens, rows, columns, residual_bits if warp_groups else None)]):
+    for schedule in dict.fromkeys([default, *candidates(tokens, rows, columns, residual_bits, warp_groups)]):
         try:
             quick.append((schedule_time(x, planes, residual_bits, schedule, 3), schedule))
         except triton.runtime.errors.OutOfResources:

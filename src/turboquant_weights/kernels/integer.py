@@ -1,0 +1,273 @@
+"""The fused matmul for one token and 4-bit codes on the integer tensor cores: half the instructions of ``rotating.py``.
+
+A level is ``c + 0.5`` times a scale with ``c`` a signed byte (codebook.py), so the tensor cores can add bytes times bytes,
+and the scale follows once for the 32 columns that share it, instead of once per weight.
+
+**Decoding.** ``prmt`` looks up a byte for each of four codes, by their lower three bits; where the highest bit of a code is
+set it gives the sign of that byte instead, eight times. Negative levels, which have codes below 8, are in one table,
+positive ones, after flipping that bit, in another. The first gives -1 for a code that is not its own, the second, whose
+bytes are positive, 0. So ``c`` is the sum of the two, if the positive bytes are one too large, and the tensor cores add it
+up, which have nothing better to do. That is 7 instructions for 8 weights.
+
+**Activations** are even integers ``v`` of 16 bits times a factor for each 32 columns, so that outliers cost the precision of
+their neighbours only. A product takes two bytes, ``v = 256 * high + low``, and half a sum of even numbers, which the 0.5 of
+the levels asks for, is an integer, too.
+
+**One scale per thread.** Thread ``t`` of four holds the 32 columns of scale ``t`` of its rows. A product over all 128
+columns would mix the four, so the right operand has eight columns: for each scale one with the high and one with the low
+bytes, zero in the rows of the other scales. Then the sums of scale ``t`` arrive in thread ``t``, where that scale is.
+
+Sums of at most 32 * 128 * 115 on top of 1.5 * 2**23, read as float32, are exactly 1.5 * 2**23 plus the sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..codebook import HALF_INTEGER_LEVELS
+from .decode import register
+from .nvidia import launch_dependents, prefetch, wait_for_producer
+from .reduction import reduce_and_finish
+
+BYTES_TILES = 16  # of a program of `rotate_bytes_kernel`: the fewest rows of a matrix product
+META_BYTES = 32  # of a tile of 128 activations, beside its 256 bytes
+_LEVELS = [int(level) for level in HALF_INTEGER_LEVELS[4]]
+_MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23 in float32
+_MAGIC_FLOAT = tl.constexpr(1.5 * 2.0**23)
+_CORRECTION = tl.constexpr(-1.5 * 2.0**23)
+_LARGEST = tl.constexpr(16128.0)  # half of v at most: its high byte is then at most 126
+# A scale byte is a half-precision number shifted right by 5, times 2**19: as_float(byte << 18) lacks 2**131. Most of it goes
+# to the scales, which leaves room for activations of any magnitude, 2**7 to row exponents, the rest is the token's scale.
+_EARLY = tl.constexpr(2.0**112)
+_LATE = tl.constexpr(2.0**12)
+
+
+def table(values: list[int]) -> tuple[int, int]:
+    """Eight bytes as two signed words."""
+    data = bytes(value & 255 for value in values)
+    first, second = (int.from_bytes(data[i : i + 4], "little", signed=True) for i in (0, 4))
+    return first, second
+
+
+NEGATIVE, POSITIVE = table([~c for c in reversed(_LEVELS)]), table([c + 1 for c in _LEVELS])
+_N0, _N1, _P0, _P1 = (tl.constexpr(word) for word in (*NEGATIVE, *POSITIVE))
+
+
+def assembly() -> str:
+    """Four words of codes $16-$19, then the tables, each word four times -> of word p the negative levels of its first and
+    of its last four columns, then the positive ones, in $4p to $4p+3."""
+    lines = []
+    for p in range(4):
+        code, out = f"${16 + p}", [f"${4 * p + i}" for i in range(4)]
+        lines.append(
+            "{ .reg .b32 flipped, q, r;"
+            f" xor.b32 flipped, {code}, 0x88888888; shr.u32 q, {code}, 16; shr.u32 r, flipped, 16;"
+            f" prmt.b32 {out[0]}, $20, $24, {code}; prmt.b32 {out[1]}, $20, $24, q;"
+            f" prmt.b32 {out[2]}, $28, $32, flipped; prmt.b32 {out[3]}, $28, $32, r; }}"
+        )
+    return "\n".join(lines)
+
+
+_ASSEMBLY = tl.constexpr(assembly())
+_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 20))
+
+
+@triton.jit
+def _join8(a, b, c, d, e, f, g, h):
+    """New last dimensions: bits 2, 1 and 0 of the operand's number."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def _levels(codes, words, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """int32 [ROWS / 8, threads * 4] -> two left operands int8 [WARPS, ROWS, 128], whose sum is ``c``."""
+    (n0, n1, p0, p1, n2, n3, p2, p3, n4, n5, p4, p5, n6, n7, p6, p7) = tl.inline_asm_elementwise(
+        _ASSEMBLY, _CONSTRAINTS, [codes, words[0], words[1], words[2], words[3]],
+        dtype=(tl.int8,) * 16, is_pure=True, pack=4,
+    )  # fmt: skip
+    negative = _join8(n0, n1, n2, n3, n4, n5, n6, n7)
+    positive = _join8(p0, p1, p2, p3, p4, p5, p6, p7)
+    # dims: octet, warp, g, t, i, p1, p0, h -> warp, rows (octet, g), columns (p1, p0, t, h, i)
+    negative = negative.reshape(ROWS // 8, WARPS, 8, 4, 4, 2, 2, 2).trans(1, 0, 2, 5, 6, 3, 7, 4)
+    positive = positive.reshape(ROWS // 8, WARPS, 8, 4, 4, 2, 2, 2).trans(1, 0, 2, 5, 6, 3, 7, 4)
+    return negative.reshape(WARPS, ROWS, 128), positive.reshape(WARPS, ROWS, 128)
+
+
+@triton.jit
+def _right(values, WARPS: tl.constexpr):
+    """int32 [2, threads * 4] -> right operand int8 [WARPS, 128, 8]. Words, not bytes, go through the loop: the compiler
+    would take bytes apart and put them together again in every turn."""
+    a, b, c, d = tl.inline_asm_elementwise(
+        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;", "=&r,=&r,=&r,=&r,r,r,r,r", [values],
+        dtype=(tl.int8,) * 4, is_pure=True, pack=4,
+    )  # fmt: skip
+    # dims: p1, warp, g, t, i, p0, h -> warp, columns (p1, p0, t, h, i), g
+    values = tl.join(tl.join(a, c), tl.join(b, d)).reshape(2, WARPS, 8, 4, 4, 2, 2)
+    return values.trans(1, 0, 5, 3, 6, 4, 2).reshape(WARPS, 128, 8)
+
+
+@triton.jit
+def _fetch(planes, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
+    """Codes and scale bytes of the tile ``step`` turns ahead; zeros beyond ``groups``."""
+    code_address, scale_address, code_group, scale_group, groups = planes
+    if TAIL:
+        ahead = groups - step * (THREADS // 8)
+        codes = tl.load(
+            code_address + step * (THREADS // 2), mask=(code_group < ahead)[None, :], other=0, eviction_policy="evict_first"
+        )
+        scale = tl.load(scale_address + step * (THREADS // 8), mask=(scale_group < ahead)[None, :], other=0)
+    else:
+        codes = tl.load(code_address + step * (THREADS // 2), eviction_policy="evict_first")
+        scale = tl.load(scale_address + step * (THREADS // 8))
+    return codes, scale
+
+
+@triton.jit
+def _fetch_token(token, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
+    x_address, x_mask, x_group, meta_address, meta_group, groups = token
+    if TAIL:
+        ahead = groups - step * (THREADS // 8)
+        values = tl.load(x_address + step * (THREADS * 2), mask=x_mask & (x_group < ahead)[None, :], other=0)
+        meta = tl.load(meta_address + step * (THREADS // 8), mask=meta_group < ahead, other=0)
+    else:
+        values = tl.load(x_address + step * (THREADS * 2), mask=x_mask, other=0)
+        meta = tl.load(meta_address + step * (THREADS // 8))
+    return values, meta
+
+
+@triton.jit
+def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """The product of a warp's tile, float32 [WARPS, ROWS, (t, byte)]."""
+    codes, scale = fetched
+    negative, positive = _levels(codes, words, ROWS, WARPS)
+    sums = tl.full((WARPS, ROWS, 8), _MAGIC, tl.int32)
+    sums = tl.dot(negative, right, sums, out_dtype=tl.int32)
+    sums = tl.dot(positive, right, sums, out_dtype=tl.int32)
+    # dims: warp, octet, g, t, byte -> warp, rows, (t, byte)
+    OCTETS: tl.constexpr = ROWS // 8
+    meta = meta.reshape(WARPS, 1, 8, 4)
+    half_sum = meta.to(tl.int32).to(tl.float32, bitcast=True)
+    factor = (meta >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    correction = tl.join(tl.full((WARPS, 1, 8, 4), _CORRECTION, tl.float32), half_sum)
+    correction = tl.broadcast_to(correction, (WARPS, OCTETS, 8, 4, 2)).reshape(WARPS, ROWS, 8)
+    factor = tl.broadcast_to(factor[:, :, :, :, None], (WARPS, OCTETS, 8, 4, 2)).reshape(WARPS, ROWS, 8)
+    scale = (scale.to(tl.int32) << 18).to(tl.float32, bitcast=True) * _EARLY
+    scale = scale.reshape(OCTETS, WARPS, 8, 4).trans(1, 0, 2, 3)[:, :, :, :, None]
+    scale = tl.broadcast_to(scale, (WARPS, OCTETS, 8, 4, 2)).reshape(WARPS, ROWS, 8)
+    return (sums.to(tl.float32, bitcast=True) + correction) * scale * factor
+
+
+@triton.jit(do_not_specialize=["scale_stride", "groups", "splits"])
+def integer_kernel(
+    x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
+    rows, groups, tiles, code_stride, scale_stride, splits,
+    HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    REDUCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (row tile, split): ``ROWS`` rows with ``AHEAD`` tiles of each warp in flight. ``x`` is from
+    ``rotate_bytes_kernel``; the rest, and how loads are kept ahead of their use, is as in ``slices.py``. No residual."""
+    THREADS: tl.constexpr = WARPS * 32
+    tile_n = tl.program_id(0)
+    split = tl.program_id(1)
+    turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
+    first = split * turns * WARPS  # tile of this program's first warp
+    words = register(_N0), register(_N1), register(_P0), register(_P1)
+    # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
+    octet = tl.arange(0, ROWS // 8)[:, None] * 8 + tile_n * ROWS
+    word = tl.arange(0, THREADS * 4)
+    thread = tl.arange(0, THREADS)
+    code_row = tl.minimum(octet + ((word // 16) % 8)[None, :], rows - 1).to(tl.int64)
+    scale_row = tl.minimum(octet + ((thread // 4) % 8)[None, :], rows - 1).to(tl.int64)
+    code_group = (first + word // 128) * 4 + (word // 4) % 4
+    scale_group = (first + thread // 32) * 4 + thread % 4
+    code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4) + (code_group * 4 + word % 4)[None, :]
+    scale_address = scales + scale_row * scale_stride + scale_group[None, :]
+    planes = code_address, scale_address, code_group, scale_group, groups
+    # Activations: thread (g, t) loads 32 bytes, if g is t's column of the high or of the low bytes.
+    x_mask = ((word // 32) % 4 == (word // 4) % 4)[None, :]
+    x_group = (first + word // 128) * 4
+    x_address = x.to(tl.pointer_type(tl.int32)) + (tl.arange(0, 2) * 4)[:, None]
+    x_address += ((first + word // 128) * 64 + ((word // 16) % 8) * 8 + word % 4)[None, :]
+    meta_group = (first + thread // 32) * 4
+    meta_address = x.to(tl.pointer_type(tl.int64)) + tiles * 32 + meta_group + thread % 4
+    token = x_address, x_mask, x_group, meta_address, meta_group, groups
+
+    prefetch(exponents + tile_n * ROWS)
+    if HAS_BIAS:
+        prefetch(bias + tile_n * ROWS)
+    slots = (_fetch(planes, 0, THREADS, TAIL),)
+    for i in tl.static_range(1, AHEAD):
+        slot = slots[0]
+        if i < turns:
+            slot = _fetch(planes, i, THREADS, TAIL)
+        slots = slots + (slot,)  # noqa: RUF005 Triton knows no stars
+    if PDL:  # weights are on their way while the rotation still runs
+        wait_for_producer()
+    following = _fetch_token(token, 0, THREADS, TAIL)
+    acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
+    for turn in range(0, turns, AHEAD):
+        for i in tl.static_range(AHEAD):
+            if turn + i < turns:
+                values, meta = following
+                right = _right(values, WARPS)  # before the next ones are loaded: they take these registers
+                if turn + i + 1 < turns:
+                    following = _fetch_token(token, turn + i + 1, THREADS, TAIL)
+                slot = slots[i]
+                acc += _multiply(slot, right, meta, words, ROWS, WARPS)
+                if turn + i + AHEAD < turns:
+                    slot = _fetch(planes, turn + i + AHEAD, THREADS, TAIL)
+                slots = slots[:i] + (slot,) + slots[i + 1 :]  # noqa: RUF005
+    if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
+        launch_dependents()
+    high, low = tl.split(tl.sum(acc, 0).reshape(ROWS, 4, 2))
+    total = tl.sum(high * 256.0 + low, 1)
+    reduce_and_finish(
+        total[:, None], partial, counters, tile_n, split, splits, token_scale, exponents, bias, out, tl.arange(0, 1),
+        tile_n * ROWS + tl.arange(0, ROWS), rows, 1, ROWS, 1, REDUCE, HAS_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["counters_size"])
+def rotate_bytes_kernel(
+    x, sign, matrix, out, token_scale, counters, counters_size, columns, tiles, norm, TILES: tl.constexpr, PDL: tl.constexpr
+):
+    """Program (part, t): columns ``32 * t`` to ``32 * t + 31`` of ``TILES`` tiles of the token ``x`` [columns]. ``matrix``
+    [128, 128] is ``rotate.tile_matrix`` in natural order.
+
+    ``out``: of each tile and scale 32 high and 32 low bytes, and behind all of them for each tile and scale, in float32,
+    half the sum of its integers less 1.5 * 2**23, and their factor. ``token_scale`` is a constant here. Also zeroes the
+    ``counters`` of the reduction that follows.
+    """
+    place = tl.arange(0, 128)
+    group = tl.program_id(1)
+    target = group * 32 + tl.arange(0, 32)
+    square = tl.load(matrix + place[:, None] * 128 + target[None, :])
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    column = tile[:, None] * 128 + place[None, :]
+    flips = tl.load(sign + column, mask=column < tiles * 128, other=0.0)
+    if PDL:  # in this order: once the matmul starts, weights written by an earlier kernel are visible to it
+        wait_for_producer()
+        launch_dependents()
+    values = tl.load(x + column, mask=column < columns, other=0.0)
+    program = tl.program_id(0) * 4 + group
+    for start in range(program * 128, counters_size, tl.num_programs(0) * 512):
+        tl.store(counters + start + place, tl.zeros((128,), tl.int32), mask=start + place < counters_size)
+    if program == 0:
+        tl.store(token_scale, _LATE)
+    rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
+    # As integers: of a NaN the bits are the largest.
+    largest = tl.max(tl.abs(rotated).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    largest = tl.where(largest < 2.0**-110, 2.0**-110, largest)
+    halves = (rotated * (1.0 / largest)[:, None] * _LARGEST + _MAGIC_FLOAT).to(tl.int32, bitcast=True) - _MAGIC
+    high = (halves + 64) >> 7
+    low = halves * 2 - (high << 8)
+    live = tile < tiles
+    address = out.to(tl.pointer_type(tl.int8)) + (tile * 256 + group * 64)[:, None] + tl.arange(0, 32)[None, :]
+    tl.store(address, high.to(tl.int8), mask=live[:, None])
+    tl.store(address + 32, low.to(tl.int8), mask=live[:, None])
+    meta = out.to(tl.pointer_type(tl.float32)) + tiles * 64 + tile * 8 + group * 2
+    tl.store(meta, tl.sum(halves, 1).to(tl.float32) + _CORRECTION, mask=live)
+    tl.store(meta + 1, largest * (0.5 / _LARGEST), mask=live)
