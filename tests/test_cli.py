@@ -403,6 +403,44 @@ def test_plan_shows_budgets_without_changing_anything(cli, dense, tmp_path):
     assert "is possible" in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--plot", "plan.jpg"),
+        ("--plot", "no such folder/plan.svg"),
+        ("--target-ratio", 3, "--max-kl", 1),
+        ("--target-ratio", 0),
+        ("--samples", 4),
+    ],
+)
+def test_plan_finds_mistakes_before_it_measures(cli, dense, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("turboquant_weights.budget.plan_bits", lambda *args, **kwargs: pytest.fail("minutes pass"))
+    code, out, err = cli("plan", dense, *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("turboquant-weights: error: ")
+
+
+def test_plan_shows_the_bits_that_quantize_chooses(cli, dense, tmp_path):
+    """It has to read as much text: what feedback leaves of a layer's loss is measured on more tokens than sensitivities."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}, and {n} is what we began with. " for n in range(400)))
+    for options in ((), ("--samples", 40, "--sample-length", 128, "--group-size", 32, "--seed", 5)):
+        arguments = ("--calibration-text", text, "--target-ratio", 3, "--json", *options)
+        code, planned, err = cli("plan", dense, *arguments)
+        assert code == 0, err
+        code, done, err = cli("quantize", dense, tmp_path / "out", "--overwrite", *arguments)
+        assert code == 0, err
+        (allocation,) = json.loads(planned)["allocations"]
+        report = json.loads(done)
+        assert report["expected_kl"] == allocation["expected_kl"]
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        of_layers = tq.TurboQuantConfig.from_dict(config).for_layer
+        for name, bits in allocation["bits"].items():
+            own = of_layers(name)
+            assert config["embeddings"].get(name, [own.bits, own.residual_bits]) == bits
+
+
 def test_quantize_calibrated_to_a_budget(cli, dense, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Nothing is so painful to the human mind as a great and sudden change. " * 60)
@@ -418,5 +456,6 @@ def test_quantize_calibrated_to_a_budget(cli, dense, tmp_path):
     assert code == 0
     assert len({layer["label"] for layer in json.loads(out)["layers"]}) > 1
     assert cli("quantize", dense, tmp_path / "other", "--resume", tmp_path / "resume")[0] == 1
+    assert "add --calibrate" in cli("quantize", dense, tmp_path / "other", "--samples", 4)[2]
     assert cli("quantize", dense, tmp_path / "other", "--target-ratio", 3, "--max-kl", 1)[0] == 1
     assert not (tmp_path / "other").exists()

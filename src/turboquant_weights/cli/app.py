@@ -46,8 +46,17 @@ CalibrationText = Annotated[
     Path | None,
     typer.Option(help="UTF-8 file that resembles what the model will see; implies --calibrate.", show_default=False),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of the text that are read.")]
-SampleLength = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
+# None unless given: without a text they would have no effect, and that is an error.
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Windows of the text that are read. [default: {Calibration.samples}]", show_default=False),
+]
+SampleLength = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Tokens per window. [default: {Calibration.sample_length}]", show_default=False),
+]
+GroupSize = Annotated[int, typer.Option(help="Input columns that one rotation mixes: 32, 64 or 128.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the rotation's signs.")]
 TargetRatio = Annotated[
     float | None, typer.Option(help="Times smaller than bf16, whole file, e.g. 3.2.", show_default=False)
 ]
@@ -99,8 +108,8 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Input columns that one rotation mixes: 32, 64 or 128.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the rotation's signs.")] = 0,
+    group_size: GroupSize = 128,
+    seed: Seed = 0,
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,8 +120,8 @@ def quantize(
     ] = None,
     calibrate: Calibrate = False,
     calibration_text: CalibrationText = None,
-    samples: Samples = Calibration.samples,
-    sample_length: SampleLength = Calibration.sample_length,
+    samples: Samples = None,
+    sample_length: SampleLength = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -184,6 +193,10 @@ def plan(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)],
     calibrate: Calibrate = False,
     calibration_text: CalibrationText = None,
+    samples: Samples = None,
+    sample_length: SampleLength = None,
+    group_size: GroupSize = 128,
+    seed: Seed = 0,
     skip: Annotated[
         list[str] | None,
         typer.Option(help="Glob pattern of layers to leave alone; repeatable. [default: none]", show_default=False),
@@ -203,17 +216,24 @@ def plan(
     """Show what each budget would give for MODEL: whole-file size and expected KL divergence. Nothing is quantized.
 
     Sensitivities are measured with one backward pass: over a text with `--calibrate` (then the figures are for
-    calibrated rounding), over random tokens without (then they rank layers, but predict no loss).
+    calibrated rounding), over random tokens without (then they rank layers, but predict no loss). `quantize` with the same
+    options chooses the bits that are shown.
     """
     budget = {"target_ratio": target_ratio, "target_bits": target_bits, "max_kl": max_kl}
     given = {name: value for name, value in budget.items() if value is not None}
     if layers and not given:
         raise ConfigError("--layers needs a budget: add --target-ratio, --target-bits or --max-kl")
-    calibration = _calibration(calibrate, calibration_text, budgets.SAMPLES, budgets.SAMPLE_LENGTH, device, None)
+    if given:
+        budgets.one_budget(budget)
+    if plot is not None:
+        tables.check_plot(plot)  # measuring takes minutes
+    # As many tokens as `quantize` reads, although sensitivities take a few of them: it must come to the same bits.
+    calibration = _calibration(calibrate, calibration_text, samples, sample_length, device, None)
+    config = TurboQuantConfig(group_size=group_size, seed=seed)
     with _quiet_stdout():
         dense, tokenizer = open_model(model, dtype, device)
         tokens = None if calibration is None else calibration.tokens(need_tokenizer(tokenizer, model))
-        found = budgets.plan_bits(dense, skip=skip, tokens=tokens)
+        found = budgets.plan_bits(dense, config, skip, tokens=tokens)
     allocations = [found.allocate(**given)] if given else tables.ladder(found)
     if plot is not None:
         tables.plot_plan(found, plot, Path(model).name)
@@ -392,13 +412,26 @@ def tune(
 
 
 def _calibration(
-    calibrate: bool, text: Path | None, samples: int, length: int, device: str | None, resume: Path | None
+    calibrate: bool,
+    text: Path | None,
+    samples: int | None,
+    length: int | None,
+    device: str | None,
+    resume: Path | None,
 ) -> Calibration | None:
     if not calibrate and text is None:
         if resume is not None:
             raise ConfigError("--resume is for calibrated runs, add --calibrate; others go on by themselves")
+        if samples is not None or length is not None:
+            raise ConfigError("--samples and --sample-length say how much of a text is read: add --calibrate")
         return None
-    return Calibration(text, samples, length, device, resume)
+    return Calibration(
+        text,
+        Calibration.samples if samples is None else samples,
+        Calibration.sample_length if length is None else length,
+        device,
+        resume,
+    )
 
 
 def _read_text(path: Path) -> str:

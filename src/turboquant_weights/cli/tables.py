@@ -209,17 +209,28 @@ def bits_label(bits: EmbeddingBits | None) -> str:
     return f"{bits[0]}+{bits[1]}" if bits[1] else str(bits[0])
 
 
-def plot_plan(plan: BitPlan, path: Path, title: str) -> None:
-    """Draws size against expected KL divergence, from 2 bits everywhere to bf16."""
+def check_plot(path: Path) -> None:
+    """Finds what would keep :func:`plot_plan` from writing ``path``.
+
+    Raises:
+        ConfigError: no matplotlib, no such kind of file, or no such folder.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise ConfigError("--plot needs matplotlib: pip install 'turboquant-weights[plot]'") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot {path}: the name must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
+
+
+def plot_plan(plan: BitPlan, path: Path, title: str) -> None:
+    """Draws size against expected KL divergence, from 2 bits everywhere to bf16."""
+    check_plot(path)
+    import matplotlib.pyplot as plt
+
     curve = [point for point in plan.curve() if point.expected_kl > 0]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot([8 * point.total_bytes / plan.parameters for point in curve], [point.expected_kl for point in curve])
