@@ -178,7 +178,7 @@ def plan_bits(
             widest = max((weight_rows(module, name).shape[1] for name, module in linears.items()), default=1)
             wanted = max(_GAIN_TOKENS, _GAIN_TOKENS_PER_COLUMN * widest)
             with BlockStream(model, text[: -(-wanted // text.shape[1])], where) as stream:
-                gains = sensitivity.feedback_gains(stream, groups, linears, config, progress=progress)
+                gains = sensitivity.feedback_gains(stream, groups, linears, config, enough=wanted, progress=progress)
                 rows = _row_sensitivities(stream, embeddings, heads, values, config, wanted)
     reached = {name for group in groups for name in group}
     groups += [[name] for name in linears if name not in reached]

@@ -34,7 +34,7 @@ from . import reference
 from .config import TurboQuantConfig
 from .errors import ConfigError
 from .experts import DenseExperts, TurboQuantExperts
-from .feedback import Feedback, Moments, quantize_weight_calibrated
+from .feedback import ROWS_PER_COLUMN, Feedback, Moments, quantize_weight_calibrated
 from .linear import dense_weight, is_conv1d
 from .reference import PackedWeight, Quantized, quantize_weight
 from .replay import Replay
@@ -147,8 +147,6 @@ _REPLAYED_BYTES = 4 << 30
 
 # Of second moments of the experts of a stack that are gathered in one pass.
 _MOMENTS_BYTES = 4 << 30
-# Rows per input column at which white noise as strong as the inputs is added to an expert's moments.
-_ROWS_PER_COLUMN = 8
 
 # Weight of a lookup beside the output head when a tied embedding is rounded, in units of the head's mean squared input.
 LOOKUP_SHARE = 0.1
@@ -362,7 +360,7 @@ class Calibrator:
                     parts.append(quantize_weight(matrix, name=where, **layout(config)))
                     continue
                 # Few rows know little about what else will come: the fewer, the more every column counts for itself.
-                seen.add_white(stack.in_features / (_ROWS_PER_COLUMN * seen.count))
+                seen.add_white(stack.in_features / (ROWS_PER_COLUMN * seen.count))
                 feedback = seen.feedback(config.group_size, config.seed)
                 planes = quantize_weight_calibrated(matrix, feedback, name=where, **layout(config))
                 parts.append(Quantized(planes, reference.relative_error(matrix, planes, **layout(config))))

@@ -62,6 +62,9 @@ _CANDIDATES = 4  # scales per block for which the feedback is run
 _SWEEPS = 2  # of coordinate descent after it
 _LARGEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
 _ROWS = 8192  # rows at a time: bounds the temporary memory of the search
+# Second moments of few inputs are fitted by noise: white noise as strong as the inputs, divided by this many inputs per
+# column, makes up for that where it matters.
+ROWS_PER_COLUMN = 8
 _STRIP = 256  # columns: on a CPU only what lies on or above the diagonal of `H` is summed up, in strips
 
 

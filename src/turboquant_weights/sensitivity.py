@@ -31,7 +31,7 @@ from tqdm import tqdm
 from .config import TurboQuantConfig
 from .errors import QuantizationError
 from .experts import DenseExperts
-from .feedback import Moments, feedback_gain, rotated_moments
+from .feedback import ROWS_PER_COLUMN, Moments, feedback_gain, rotated_moments
 from .linear import is_conv1d
 from .stream import Batch, BlockStream
 
@@ -102,6 +102,7 @@ def feedback_gains(
     linears: Mapping[str, nn.Module],
     config: TurboQuantConfig,
     *,
+    enough: int,
     progress: bool = True,
 ) -> dict[str, float]:
     """What error feedback will leave of the loss of each layer inside the blocks, as its inputs tell (feedback.py): 0.03 to
@@ -109,7 +110,8 @@ def feedback_gains(
 
     Args:
         stream: Open, in front of the first block. groups: Names of layers with the same input. linears: By name; stacks of
-        experts are left out, because each of their experts has inputs of its own.
+        experts are left out, because each of their experts has inputs of its own. enough: Tokens that tell; of fewer, the
+        less is believed the fewer they are, because the directions of 256 tokens say little of those of another text.
     """
     gains: dict[str, float] = {}
     for index in tqdm(range(len(stream.blocks)), desc="measuring inputs", unit="block", disable=not progress):
@@ -130,7 +132,11 @@ def feedback_gains(
                     handle.remove()
             for names in groups:
                 if names[0] in seen:
-                    rotated = rotated_moments(seen.pop(names[0]).now, config.group_size, config.seed)
+                    moments = seen.pop(names[0])
+                    missing = 1 / max(1, moments.count) - 1 / enough
+                    if missing > 0:
+                        moments.add_white(len(moments.now) / ROWS_PER_COLUMN * missing)
+                    rotated = rotated_moments(moments.now, config.group_size, config.seed)
                     gains.update(dict.fromkeys(names, feedback_gain(rotated)))
     return gains
 
