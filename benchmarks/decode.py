@@ -61,8 +61,8 @@ ROOM = 256  # of the cache: steps that can be measured before it is full
 # Kernels by what their names contain, in this order; the rest are the model's norms, rotary embedding, additions and copies.
 GROUPS = {
     "ours": (
-        *("rotating_kernel", "slices_kernel", "splitk_kernel", "streamk_kernel"),
-        *("rotate_scaled_kernel", "rotate_kernel", "dequantize_kernel", "dequantize_words_kernel"),
+        *("rotating_kernel", "integer_kernel", "slices_kernel", "splitk_kernel", "streamk_kernel"),
+        *("rotate_scaled_kernel", "rotate_bytes_kernel", "rotate_kernel", "dequantize_kernel", "dequantize_words_kernel"),
     ),
     "attention": ("fmha", "flash", "attention", "cudnn"),
     "cuBLAS": ("gemm", "gemv", "nvjet", "cublas", "splitKreduce"),

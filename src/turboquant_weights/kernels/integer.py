@@ -203,7 +203,7 @@ def integer_kernel(
         slot = slots[0]
         if i < turns:
             slot = _fetch(planes, i, THREADS, TAIL)
-        slots = slots + (slot,)  # noqa: RUF005 Triton knows no stars
+        slots = slots + (slot,)  # type: ignore[assignment]  # noqa: RUF005 Triton knows no stars
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
     following = _fetch_token(token, 0, THREADS, TAIL)
