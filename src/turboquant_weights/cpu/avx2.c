@@ -1,8 +1,9 @@
 /* AVX2 with FMA and F16C (Haswell and later).
  *
  * Integers are 16 bits wide here: `vpmaddwd` takes 16 weights at a time and needs no second byte of the activation. Base
- * levels come from `vpshufb`. There is no table for 256 levels, so nested ones are computed. For bfloat16, 4 + 4 and 4 + 2
- * bits: a parabola for each base field, whose bytes are looked up (tq_codebook). Otherwise, as on a GPU: the polynomial of
+ * levels come from `vpshufb`, those of 4 + 1 bits as two bytes each. There is no table for 256 levels, so others are
+ * computed. For bfloat16, 4 + 4 and 4 + 2 bits: a parabola for each base field, whose bytes are looked up (tq_codebook).
+ * Otherwise, as on a GPU: the polynomial of
  * FORMAT.md section 6 in 16-bit fixed point, 1e-4 of a standard deviation off at most. The exact path reads a table.
  */
 #if defined(__x86_64__)
@@ -96,7 +97,8 @@ INLINE void unpack32(const uint8_t *bytes, const unpacking *how, __m256i out[2])
 
 /* A chunk is 2 blocks, 64 columns, in four vectors of words. */
 enum { CHUNK = 2 };
-enum { FOURS, BASE, FOURS_TWOS, FOURS_FOURS, NESTED }; /* planes: 4 bits, another base, 4 + 2, 4 + 4 bits, any two */
+/* Planes: 4 bits, another base, 4 + 1, 4 + 2, 4 + 4 bits, any two. */
+enum { FOURS, BASE, FOURS_ONES, FOURS_TWOS, FOURS_FOURS, NESTED };
 
 /* What the decoding of chunks keeps in registers. */
 typedef struct {
@@ -104,6 +106,7 @@ typedef struct {
     __m256i table;                                  /* levels of the base plane */
     __m256i middle_low, middle_high, step, curve;   /* by base field, see tq_codebook */
     __m256i way[2], bend[2];                        /* by nibble of the residual plane: of its even and its odd columns */
+    __m256i word_low[2], word_high[2];              /* of 4 + 1 bits by base field, for either bit: bytes of the levels */
     __m256i coefficient[5], offset;
     __m128i to_index, to_x;
 } decoding;
@@ -124,6 +127,15 @@ INLINE decoding decoding_of(const tq_codebook *book)
     for (int odd = 0; odd < 2; odd++) {
         how.way[odd] = table_of(book->way[odd]);
         how.bend[odd] = table_of(book->bend[odd]);
+    }
+    uint8_t low[2][16], high[2][16];
+    for (int i = 0; i < 32; i++) {
+        low[i % 2][i / 2] = (uint8_t)book->word[i];
+        high[i % 2][i / 2] = (uint8_t)((uint16_t)book->word[i] >> 8);
+    }
+    for (int bit = 0; bit < 2; bit++) {
+        how.word_low[bit] = table_of(low[bit]);
+        how.word_high[bit] = table_of(high[bit]);
     }
     for (int i = 0; i < 5; i++) how.coefficient[i] = _mm256_set1_epi16(book->coefficient[i]);
     how.to_index = _mm_cvtsi32_si128(book->residual_bits);
@@ -192,6 +204,24 @@ INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, const de
         return;
     }
     _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);
+    if (kind == FOURS_ONES) { /* byte j of either vector: columns 2 j and 2 j + 1, whose bits lie in byte j / 4 */
+        uint64_t bits = 0;
+        memcpy(&bits, residual, full ? 8 : 4);
+        const __m256i quarter = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                                 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
+        const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi64x((long long)bits), quarter);
+        for (int odd = 0; odd < 2; odd++) {
+            const __m256i which = _mm256_set1_epi32(odd ? (int)0x80200802 : 0x40100401);
+            const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, which), which);
+            const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(how->word_low[0], base[odd]),
+                                                   _mm256_shuffle_epi8(how->word_low[1], base[odd]), set);
+            const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(how->word_high[0], base[odd]),
+                                                    _mm256_shuffle_epi8(how->word_high[1], base[odd]), set);
+            w[2 * odd] = _mm256_unpacklo_epi8(low, high);
+            w[2 * odd + 1] = _mm256_unpackhi_epi8(low, high);
+        }
+        return;
+    }
     __m256i rest[2];
     if (kind == FOURS_FOURS) {
         const __m256i fields = load32(residual, full);
@@ -238,9 +268,8 @@ INLINE void integer_chunk(const uint8_t *codes, const uint8_t *residual, const i
 
 /* One row times T tokens. */
 INLINE void integer_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                        const int kind, const int T)
+                        const decoding *how, const int kind, const int T)
 {
-    const decoding how = decoding_of(layer->book);
     const uint8_t *scales = layer->scales + row * layer->scales_stride, *codes = layer->codes + row * layer->codes_stride;
     const uint8_t *residual = layer->book->residual_bits ? layer->residual + row * layer->residual_stride : codes;
     const int64_t codes_step = 4 * CHUNK * layer->book->bits, residual_step = 4 * CHUNK * layer->book->residual_bits;
@@ -261,8 +290,8 @@ INLINE void integer_row(const tq_layer *layer, const tq_activations *act, int64_
         }
         const int chunks = left >= 8 ? 8 / CHUNK : (int)left / CHUNK;
         for (int i = 0; i < chunks; i++, codes += codes_step, residual += residual_step, x += CHUNK * BLOCK)
-            integer_chunk(codes, residual, x, x_stride, &how, scale, i, kind, 1, T, sum);
-        if (left < 8 && left % CHUNK) integer_chunk(codes, residual, x, x_stride, &how, scale, chunks, kind, 0, T, sum);
+            integer_chunk(codes, residual, x, x_stride, how, scale, i, kind, 1, T, sum);
+        if (left < 8 && left % CHUNK) integer_chunk(codes, residual, x, x_stride, how, scale, chunks, kind, 0, T, sum);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) out[t] = sum_of(sum[t]);
@@ -291,9 +320,9 @@ INLINE void levels32(const tq_layer *layer, int64_t row, int64_t block, const de
     }
 }
 
-INLINE void exact32(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out, const int T)
+INLINE void exact32(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                    const decoding *how, const int T)
 {
-    const decoding how = decoding_of(layer->book);
     const uint8_t *scales = layer->scales + row * layer->scales_stride;
     const float *x = (const float *)act->values + token * act->blocks * BLOCK;
     __m256 sum[TOKENS];
@@ -305,7 +334,7 @@ INLINE void exact32(const tq_layer *layer, const tq_activations *act, int64_t ro
         for (int64_t at = block; at < end; at++) {
             const __m256 scale = _mm256_permutevar8x32_ps(own, _mm256_set1_epi32((int)(at - block)));
             __m256 level[4];
-            levels32(layer, row, at, &how, level);
+            levels32(layer, row, at, how, level);
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 const float *columns = x + (t * act->blocks + at) * BLOCK;
@@ -342,6 +371,7 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
     static void name(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,             \
                      int64_t count, float *out)                                                                              \
     {                                                                                                                        \
+        const decoding how = decoding_of(layer->book);                                                                       \
         for (int64_t end = row + rows; row < end; row++, out += TOKENS)                                                      \
             for (int64_t t = 0; t < count;) {                                                                                \
                 const int64_t left = count - t;                                                                              \
@@ -352,15 +382,17 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
             }                                                                                                                \
     }
 
-#define CALL_FOURS(T) integer_row(layer, act, row, token + t, out + t, FOURS, T)
-#define CALL_BASE(T) integer_row(layer, act, row, token + t, out + t, BASE, T)
-#define CALL_FOURS_TWOS(T) integer_row(layer, act, row, token + t, out + t, FOURS_TWOS, T)
-#define CALL_FOURS_FOURS(T) integer_row(layer, act, row, token + t, out + t, FOURS_FOURS, T)
-#define CALL_NESTED(T) integer_row(layer, act, row, token + t, out + t, NESTED, T)
-#define CALL_EXACT(T) exact32(layer, act, row, token + t, out + t, T)
+#define CALL_FOURS(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS, T)
+#define CALL_BASE(T) integer_row(layer, act, row, token + t, out + t, &how, BASE, T)
+#define CALL_FOURS_ONES(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_ONES, T)
+#define CALL_FOURS_TWOS(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_TWOS, T)
+#define CALL_FOURS_FOURS(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_FOURS, T)
+#define CALL_NESTED(T) integer_row(layer, act, row, token + t, out + t, &how, NESTED, T)
+#define CALL_EXACT(T) exact32(layer, act, row, token + t, out + t, &how, T)
 
 KERNEL(kernel_fours, CALL_FOURS)
 KERNEL(kernel_base, CALL_BASE)
+KERNEL(kernel_fours_ones, CALL_FOURS_ONES)
 KERNEL(kernel_fours_twos, CALL_FOURS_TWOS)
 KERNEL(kernel_fours_fours, CALL_FOURS_FOURS)
 KERNEL(kernel_nested, CALL_NESTED)
@@ -369,6 +401,7 @@ KERNEL(kernel_exact, CALL_EXACT)
 static int kind_of(const tq_codebook *book, const tq_activations *act)
 {
     if (book->residual_bits == 0) return book->bits == 4 ? FOURS : BASE;
+    if (book->bits == 4 && book->residual_bits == 1) return FOURS_ONES;
     if (book->bits < 4 || !act->coarse) return NESTED;
     return book->residual_bits == 4 ? FOURS_FOURS : book->residual_bits == 2 ? FOURS_TWOS : NESTED;
 }
@@ -376,7 +409,8 @@ static int kind_of(const tq_codebook *book, const tq_activations *act)
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
                     float *out)
 {
-    static tq_kernel *const kernels[] = {kernel_fours, kernel_base, kernel_fours_twos, kernel_fours_fours, kernel_nested};
+    static tq_kernel *const kernels[] = {kernel_fours,      kernel_base,        kernel_fours_ones,
+                                         kernel_fours_twos, kernel_fours_fours, kernel_nested};
     kernels[kind_of(layer->book, act)](layer, act, row, rows, token, count, out);
 }
 
@@ -393,7 +427,8 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     const int kind = kind_of(book, act), nested = book->residual_bits > 0, reorder = kind != BASE && kind != NESTED;
     int16_t *out = (int16_t *)act->values + token * columns, *q = reorder ? (int16_t *)(rotated + columns) : out;
     to_integers(rotated, act->blocks, nested ? LIMIT / 2 : LIMIT, nested, nested ? 0.0f : 127.5f, q, act->scale + token * act->blocks, act->correction + token * act->blocks);
-    if (nested) act->token_scale[token] /= reorder ? book->middle_unit : book->polynomial_unit;
+    if (nested)
+        act->token_scale[token] /= kind == FOURS_ONES ? book->word_unit : reorder ? book->middle_unit : book->polynomial_unit;
     if (!reorder) return;
     static const uint8_t first[4] = {0, 2, 1, 3};
     for (int64_t i = 0; i < columns; i += 64)

@@ -1,9 +1,9 @@
 /* AVX-512 with VNNI but without VBMI (Cascade Lake, Cooper Lake): no shuffle of bytes crosses 128 bits here.
  *
  * Base plane of 4 bits: as in avx512.c, with `vpshufb` instead of `vpermb`. All other planes: levels as 16-bit words, which
- * `vpermi2w` looks up in 64 entries and `vpdpwssd` multiplies with 16-bit activations. 128 levels take two look-ups, 256 fold
- * onto 128, because levels are odd. 4 + 4 bits and bfloat16: two look-ups by the upper 6 bits, a level and the step to the
- * next, times the lower 2 bits: 0.08 % off, where bfloat16 rounds the result by 0.17 %.
+ * `vpermw` looks up in 32 entries or `vpermi2w` in 64, and `vpdpwssd` multiplies with 16-bit activations. 128 levels take two
+ * look-ups, 256 fold onto 128, because levels are odd. 4 + 4 bits and bfloat16: two look-ups by the upper 6 bits, a level and
+ * the step to the next, times the lower 2 bits: 0.08 % off, where bfloat16 rounds the result by 0.17 %.
  */
 #if defined(__x86_64__)
 
@@ -130,22 +130,39 @@ INLINE void levels32(__m512i index, const decoding *how, __m512 level[2])
 /* -- integers ------------------------------------------------------------------------------------------------------------ */
 
 enum { CHUNK = 4 };              /* blocks: 128 columns */
-enum { FOURS, FOURS_TWOS, FOURS_FOURS, WORDS }; /* planes: 4 bits, 4 + 2, 4 + 4 for bfloat16, any */
+/* Planes: 2, 3, 4 bits, 4 + 1, 4 + 2, 4 + 3, 4 + 4 for bfloat16, any. */
+enum { TWOS, THREES, FOURS, FOURS_ONES, FOURS_TWOS, FOURS_THREES, FOURS_FOURS, WORDS };
+
+/* Bytes of a block in either plane. */
+INLINE int code_bytes(const int kind) { return kind == TWOS ? 8 : kind == THREES ? 12 : 16; }
+INLINE int rest_bytes(const int kind) { return kind > FOURS ? 4 * (kind - FOURS) : 0; }
 
 /* What the decoding of chunks keeps in registers. */
 typedef struct {
     __m512i bytes;               /* levels of 4 bits, four times */
-    __m512i level[2], step[2];   /* 64 words each: levels, or those of four in a row and the step between them */
+    __m512i level[4];            /* words: as many levels as there are, fewer than 32 repeated, or the first of four in a row */
+    __m512i step[2];             /* between those four */
+    __m512i fetch, dwords, shift; /* how 4 fields of 1 or 3 bits come into each word: bytes, after double words, shifted down */
 } integers;
 
 INLINE integers integers_of(const tq_codebook *book, const int kind)
 {
     integers how;
     how.bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)book->base));
-    for (int i = 0; i < 2; i++) {
-        how.level[i] = _mm512_loadu_si512((kind == FOURS_FOURS ? book->line_start : book->word) + 32 * i);
-        how.step[i] = _mm512_loadu_si512(book->line_step + 32 * i);
-    }
+    for (int i = 0; i < 4; i++)
+        how.level[i] = _mm512_loadu_si512(kind == FOURS_FOURS && i < 2 ? book->line_start + 32 * i : book->word + 32 * i);
+    if (kind == THREES) how.level[0] = _mm512_broadcast_i32x4(_mm512_castsi512_si128(how.level[0]));
+    if (kind == TWOS) how.level[0] = _mm512_broadcastq_epi64(_mm512_castsi512_si128(how.level[0]));
+    for (int i = 0; i < 2; i++) how.step[i] = _mm512_loadu_si512(book->line_step + 32 * i);
+    how.shift = _mm512_set1_epi32(4 << 16); /* every other word begins in the middle of a byte */
+    how.dwords = _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
+    if (kind == FOURS_ONES) { /* word j of the chunk: byte j / 2 */
+        const __m512i pair = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3); /* of 4 bytes */
+        const __m512i word = _mm512_broadcast_i32x4(
+            _mm_setr_epi32((int)0x80008000, (int)0x80018001, (int)0x80028002, (int)0x80038003));
+        how.fetch = _mm512_add_epi16(word, _mm512_mullo_epi32(pair, _mm512_set1_epi32(0x00040004)));
+    } else /* word j of 8: the two bytes from 3 j / 2 on */
+        how.fetch = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11));
     return how;
 }
 
@@ -162,25 +179,62 @@ INLINE __m512i load(const uint8_t *bytes, int64_t there)
     return there >= 64 ? _mm512_loadu_si512(bytes) : _mm512_maskz_loadu_epi8(((__mmask64)1 << there) - 1, bytes);
 }
 
+/* Fields of 3 bits of one chunk, 4 in each word; above the fourth are others. */
+INLINE __m512i threes(const uint8_t *plane, int64_t blocks, const integers *how)
+{
+    const __m512i raw = _mm512_permutexvar_epi32(how->dwords, load(plane, 12 * blocks));
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(raw, how->fetch), how->shift);
+}
+
+/* Fields of 2 bits: a byte in each word. */
+INLINE __m512i twos(const uint8_t *plane, int64_t blocks)
+{
+    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(blocks >= CHUNK ? 0xffffffffu : (1u << 8 * blocks) - 1, plane));
+}
+
+/* Indices of the columns i, i + 4, ... from their base fields and `R` bits each of `rest`; what stands above is not cleared. */
+INLINE __m512i joined(__m512i raw, __m512i rest, const int i, const int R)
+{
+    const __m512i up = i == 0 ? _mm512_slli_epi16(raw, R) : _mm512_srli_epi16(raw, 4 * i - R);
+    return select_bits(_mm512_set1_epi16((1 << R) - 1), i == 0 ? rest : _mm512_srli_epi16(rest, R * i), up);
+}
+
 /* Levels of one chunk of one row, from the `blocks` that are there. FOURS: w[0] are bytes of the columns with even numbers,
  * w[1] with odd ones. Otherwise words: w[i] has columns i, i + 4, i + 8 ... */
 INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, int64_t blocks, const integers *how, const int kind,
                          __m512i w[4])
 {
+    if (kind == TWOS || kind == THREES) { /* the table repeats itself: bits above an index do not matter */
+        const __m512i fields = kind == TWOS ? twos(codes, blocks) : threes(codes, blocks, how);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            w[i] = _mm512_permutexvar_epi16(i == 0 ? fields : _mm512_srli_epi16(fields, (kind == TWOS ? 2 : 3) * i), how->level[0]);
+        return;
+    }
     const __m512i raw = load(codes, 16 * blocks);
     if (kind == FOURS) {
         const __m512i nibble = _mm512_set1_epi8(15);
         w[0] = _mm512_shuffle_epi8(how->bytes, _mm512_and_si512(raw, nibble));
         w[1] = _mm512_shuffle_epi8(how->bytes, _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble));
-    } else if (kind == FOURS_TWOS) { /* bits above an index of 6 are ignored */
-        const __m512i low = _mm512_set1_epi16(3), rest = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(
-                              blocks >= CHUNK ? 0xffffffffu : (1u << 8 * blocks) - 1, residual));
-        w[0] = select_bits(low, rest, _mm512_slli_epi16(raw, 2));
-        w[1] = select_bits(low, _mm512_srli_epi16(rest, 2), _mm512_srli_epi16(raw, 2));
-        w[2] = select_bits(low, _mm512_srli_epi16(rest, 4), _mm512_srli_epi16(raw, 6));
-        w[3] = select_bits(low, _mm512_srli_epi16(rest, 6), _mm512_srli_epi16(raw, 10));
+    } else if (kind == FOURS_ONES) { /* bits above an index of 5 are ignored, and here of 6 */
+        const __m128i bits = blocks >= CHUNK ? _mm_loadu_si128((const __m128i *)residual)
+                                             : _mm_maskz_loadu_epi8((__mmask16)((1u << 4 * blocks) - 1), residual);
+        const __m512i rest = _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bits), how->fetch), how->shift);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) w[i] = _mm512_permutex2var_epi16(how->level[0], w[i], how->level[1]);
+        for (int i = 0; i < 4; i++) w[i] = _mm512_permutexvar_epi16(joined(raw, rest, i, 1), how->level[0]);
+    } else if (kind == FOURS_TWOS) {
+        const __m512i rest = twos(residual, blocks);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) w[i] = _mm512_permutex2var_epi16(how->level[0], joined(raw, rest, i, 2), how->level[1]);
+    } else if (kind == FOURS_THREES) {
+        const __m512i rest = threes(residual, blocks, how);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m512i index = joined(raw, rest, i, 3);
+            w[i] = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
+                                           _mm512_permutex2var_epi16(how->level[0], index, how->level[1]),
+                                           _mm512_permutex2var_epi16(how->level[2], index, how->level[3]));
+        }
     } else {
         const __m512i nibble = _mm512_set1_epi8(15), low = _mm512_set1_epi16(3), rest = load(residual, 16 * blocks);
         const __m512i even = select_bits(nibble, rest, _mm512_slli_epi16(raw, 4));
@@ -206,10 +260,10 @@ INLINE void integer_chunks(const tq_layer *layer, const tq_activations *act, int
     const __m512i lanes = lane_blocks(i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 16 * at, *residual = NULL;
+        const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + code_bytes(kind) * at, *residual = NULL;
         _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-        if (kind != FOURS) {
-            residual = row_of(layer->residual, layer->residual_stride, row + r) + (kind == FOURS_TWOS ? 8 : 16) * at;
+        if (rest_bytes(kind)) {
+            residual = row_of(layer->residual, layer->residual_stride, row + r) + rest_bytes(kind) * at;
             _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T0);
         }
         __m512i w[4];
@@ -233,9 +287,8 @@ INLINE void integer_chunks(const tq_layer *layer, const tq_activations *act, int
 
 /* R rows times T tokens of the planes that are decoded by chunks. */
 INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                         const int kind, const int R, const int T)
+                         const integers *how, const int kind, const int R, const int T)
 {
-    const integers how = integers_of(layer->book, kind);
     __m512 sum[ROWS_AT_ONCE][TOKENS];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -257,10 +310,10 @@ INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64
         if (left >= 16)
 #pragma GCC unroll 4
             for (int i = 0; i < 16 / CHUNK; i++)
-                integer_chunks(layer, act, row, token, block, i, 16, &how, scale, sum, kind, R, T);
+                integer_chunks(layer, act, row, token, block, i, 16, how, scale, sum, kind, R, T);
         else
             for (int i = 0; CHUNK * i < left; i++)
-                integer_chunks(layer, act, row, token, block, i, left, &how, scale, sum, kind, R, T);
+                integer_chunks(layer, act, row, token, block, i, left, how, scale, sum, kind, R, T);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -284,9 +337,10 @@ INLINE void four_chunks(const places *at, const int i, const integers *how, cons
     __m512i w[ROWS_AT_ONCE][4], dot[ROWS_AT_ONCE];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS_AT_ONCE; r++) {
-        const uint8_t *codes = at->codes[r] + 64 * i, *residual = kind == FOURS ? NULL : at->residual[r] + 32 * i;
+        const uint8_t *codes = at->codes[r] + CHUNK * code_bytes(kind) * i;
+        const uint8_t *residual = rest_bytes(kind) ? at->residual[r] + CHUNK * rest_bytes(kind) * i : NULL;
         _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-        if (kind != FOURS) _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T0);
+        if (residual) _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T0);
         decode_chunk(codes, residual, CHUNK, how, kind, w[r]);
         dot[r] = _mm512_setzero_si512();
     }
@@ -325,20 +379,20 @@ INLINE int64_t inner_rows(const tq_layer *layer)
 {
     int64_t behind = 1;
     while (behind * layer->scales_stride < 16 || behind * layer->codes_stride < 64 ||
-           (layer->residual && behind * layer->residual_stride < 32))
+           (layer->residual && behind * layer->residual_stride < 64))
         behind++;
     return layer->rows - behind;
 }
 
-/* As many of the rows as come in fours and are no last ones, times one token; returns their number. The planes are 4 bits, or
- * 4 + 2: 4 + 4 that way is slower from memory (DESIGN.md). */
+/* As many of the rows as come in fours and are no last ones, times one token; returns their number. Not for 4 + 4 bits, which
+ * are slower from memory that way (DESIGN.md). */
 INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,
                             float *out, const int kind)
 {
     const integers how = integers_of(layer->book, kind);
     const int64_t last = inner_rows(layer), end = row + rows < last ? row + rows : last;
     const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
-    const uint8_t *residual = kind == FOURS ? NULL : row_of(layer->residual, layer->residual_stride, row);
+    const uint8_t *residual = rest_bytes(kind) ? row_of(layer->residual, layer->residual_stride, row) : NULL;
     const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
     int64_t done = 0;
     for (; row + done + ROWS_AT_ONCE <= end; done += ROWS_AT_ONCE, out += ROWS_AT_ONCE * TOKENS) {
@@ -352,7 +406,7 @@ INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, in
             at.scales[r] = scales;
             codes += layer->codes_stride;
             scales += layer->scales_stride;
-            if (kind == FOURS) continue;
+            if (!rest_bytes(kind)) continue;
             at.residual[r] = residual;
             residual += layer->residual_stride;
         }
@@ -371,9 +425,9 @@ INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, in
                 for (int i = 0; CHUNK * i < left; i++) four_chunks(&at, i, &how, scale, sum, kind);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS_AT_ONCE; r++) {
-                at.codes[r] += 16 * 16;
+                at.codes[r] += 16 * code_bytes(kind);
                 at.scales[r] += 16;
-                if (kind != FOURS) at.residual[r] += 16 * 8;
+                if (rest_bytes(kind)) at.residual[r] += 16 * rest_bytes(kind);
             }
             at.values += 16;
             factor += 16;
@@ -391,9 +445,9 @@ INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, in
 /* -- integers, any planes -------------------------------------------------------------------------------------------------- */
 
 /* One row of any planes times T tokens, block by block. */
-INLINE void words_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out, const int T)
+INLINE void words_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                      const decoding *how, const int T)
 {
-    const decoding how = decoding_of(layer->book, layer->book->word);
     const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
     const uint8_t *residual = layer->book->residual_bits ? row_of(layer->residual, layer->residual_stride, row) : NULL;
     const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
@@ -408,7 +462,7 @@ INLINE void words_row(const tq_layer *layer, const tq_activations *act, int64_t 
         const int64_t end = block + 16 < layer->blocks ? block + 16 : layer->blocks;
         for (int64_t at = block; at < end; at++) {
             __mmask32 negative;
-            __m512i w = look_up(index32(codes, residual, at, &how), &how, &negative);
+            __m512i w = look_up(index32(codes, residual, at, how), how, &negative);
             w = _mm512_mask_sub_epi16(w, negative, _mm512_setzero_si512(), w);
             const __m512i lane = _mm512_set1_epi32((int)(at - block));
 #pragma GCC unroll 4
@@ -425,9 +479,9 @@ INLINE void words_row(const tq_layer *layer, const tq_activations *act, int64_t 
 
 /* -- float32 ------------------------------------------------------------------------------------------------------------- */
 
-INLINE void exact_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out, const int T)
+INLINE void exact_row(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
+                      const decoding *how, const int T)
 {
-    const decoding how = decoding_of(layer->book, layer->book->half);
     const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
     const uint8_t *residual = layer->book->residual_bits ? row_of(layer->residual, layer->residual_stride, row) : NULL;
     const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
@@ -441,7 +495,7 @@ INLINE void exact_row(const tq_layer *layer, const tq_activations *act, int64_t 
         for (int64_t at = block; at < end; at++) {
             const __m512 scale = _mm512_permutexvar_ps(_mm512_set1_epi32((int)(at - block)), own);
             __m512 level[2];
-            levels32(index32(codes, residual, at, &how), &how, level);
+            levels32(index32(codes, residual, at, how), how, level);
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 const float *columns = x + (t * act->blocks + at) * BLOCK;
@@ -478,11 +532,12 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
 
 /* -- entry points -------------------------------------------------------------------------------------------------------- */
 
-/* Instantiates a kernel: four rows or one of one token, one row of two and four. */
-#define KERNEL(name, call)                                                                                                  \
+/* Instantiates a kernel: four rows or one of one token, one row of two and four. `made`, of a `type`, is what all rows share. */
+#define KERNEL(name, type, made, call)                                                                                             \
     static void name(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,            \
                      int64_t count, float *out)                                                                             \
     {                                                                                                                       \
+        const type how = made;                                                                                              \
         for (int64_t end = row + rows; row < end;) {                                                                        \
             const int64_t many = count == 1 && end - row >= ROWS_AT_ONCE ? ROWS_AT_ONCE : 1;                                \
             for (int64_t t = 0; t < count;) {                                                                               \
@@ -499,13 +554,17 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
         }                                                                                                                   \
     }
 
-#define CALL_FOURS(R, T) integer_rows(layer, act, row, from, to, FOURS, R, T)
-#define CALL_FOURS_TWOS(R, T) integer_rows(layer, act, row, from, to, FOURS_TWOS, R, T)
-#define CALL_FOURS_FOURS(R, T) integer_rows(layer, act, row, from, to, FOURS_FOURS, R, T)
+#define CALL_TWOS(R, T) integer_rows(layer, act, row, from, to, &how, TWOS, R, T)
+#define CALL_THREES(R, T) integer_rows(layer, act, row, from, to, &how, THREES, R, T)
+#define CALL_FOURS(R, T) integer_rows(layer, act, row, from, to, &how, FOURS, R, T)
+#define CALL_FOURS_ONES(R, T) integer_rows(layer, act, row, from, to, &how, FOURS_ONES, R, T)
+#define CALL_FOURS_TWOS(R, T) integer_rows(layer, act, row, from, to, &how, FOURS_TWOS, R, T)
+#define CALL_FOURS_THREES(R, T) integer_rows(layer, act, row, from, to, &how, FOURS_THREES, R, T)
+#define CALL_FOURS_FOURS(R, T) integer_rows(layer, act, row, from, to, &how, FOURS_FOURS, R, T)
 #define CALL_WORDS(R, T) \
-    for (int r = 0; r < R; r++) words_row(layer, act, row + r, from, to + r * TOKENS, T)
+    for (int r = 0; r < R; r++) words_row(layer, act, row + r, from, to + r * TOKENS, &how, T)
 #define CALL_EXACT(R, T) \
-    for (int r = 0; r < R; r++) exact_row(layer, act, row + r, from, to + r * TOKENS, T)
+    for (int r = 0; r < R; r++) exact_row(layer, act, row + r, from, to + r * TOKENS, &how, T)
 
 /* The same for what is done side by side as far as that goes. */
 #define KERNEL_ABREAST(name, rest, kind)                                                                                    \
@@ -516,27 +575,33 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
         rest(layer, act, row + done, rows - done, token, count, out + done * TOKENS);                                       \
     }
 
-KERNEL(kernel_fours_apart, CALL_FOURS)
-KERNEL(kernel_fours_twos_apart, CALL_FOURS_TWOS)
+KERNEL(kernel_twos_apart, integers, integers_of(layer->book, TWOS), CALL_TWOS)
+KERNEL(kernel_threes_apart, integers, integers_of(layer->book, THREES), CALL_THREES)
+KERNEL(kernel_fours_apart, integers, integers_of(layer->book, FOURS), CALL_FOURS)
+KERNEL(kernel_fours_ones_apart, integers, integers_of(layer->book, FOURS_ONES), CALL_FOURS_ONES)
+KERNEL(kernel_fours_twos_apart, integers, integers_of(layer->book, FOURS_TWOS), CALL_FOURS_TWOS)
+KERNEL(kernel_fours_threes_apart, integers, integers_of(layer->book, FOURS_THREES), CALL_FOURS_THREES)
+KERNEL_ABREAST(kernel_twos, kernel_twos_apart, TWOS)
+KERNEL_ABREAST(kernel_threes, kernel_threes_apart, THREES)
 KERNEL_ABREAST(kernel_fours, kernel_fours_apart, FOURS)
+KERNEL_ABREAST(kernel_fours_ones, kernel_fours_ones_apart, FOURS_ONES)
 KERNEL_ABREAST(kernel_fours_twos, kernel_fours_twos_apart, FOURS_TWOS)
-KERNEL(kernel_fours_fours, CALL_FOURS_FOURS)
-KERNEL(kernel_words, CALL_WORDS)
-KERNEL(kernel_exact, CALL_EXACT)
+KERNEL_ABREAST(kernel_fours_threes, kernel_fours_threes_apart, FOURS_THREES)
+KERNEL(kernel_fours_fours, integers, integers_of(layer->book, FOURS_FOURS), CALL_FOURS_FOURS)
+KERNEL(kernel_words, decoding, decoding_of(layer->book, layer->book->word), CALL_WORDS)
+KERNEL(kernel_exact, decoding, decoding_of(layer->book, layer->book->half), CALL_EXACT)
 
 static int kind_of(const tq_codebook *book, const tq_activations *act)
 {
-    if (book->bits < 4) return WORDS;
-    return book->residual_bits == 0                  ? FOURS
-           : book->residual_bits == 2                ? FOURS_TWOS
-           : book->residual_bits == 4 && act->coarse ? FOURS_FOURS
-                                                     : WORDS;
+    if (book->bits < 4) return book->residual_bits ? WORDS : book->bits == 2 ? TWOS : THREES;
+    return book->residual_bits == 4 && !act->coarse ? WORDS : FOURS + book->residual_bits;
 }
 
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
                     float *out)
 {
-    static tq_kernel *const kernels[] = {kernel_fours, kernel_fours_twos, kernel_fours_fours, kernel_words};
+    static tq_kernel *const kernels[] = {kernel_twos,       kernel_threes,       kernel_fours,       kernel_fours_ones,
+                                         kernel_fours_twos, kernel_fours_threes, kernel_fours_fours, kernel_words};
     kernels[kind_of(layer->book, act)](layer, act, row, rows, token, count, out);
 }
 
