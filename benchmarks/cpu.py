@@ -2,6 +2,7 @@
 
     python benchmarks/cpu.py layers --output benchmarks/results/cpu-layers.json
     python benchmarks/cpu.py model --gguf SmolLM2-135M-Instruct.Q4_1.gguf --output benchmarks/results/cpu-model.json
+    python benchmarks/cpu.py model --gguf SmolLM2-135M-Instruct.Q4_1.gguf --compile
 
 Layers rotate over copies of the weights, 200 MB in all, so each reads its weights from memory as it does in a model. All
 kinds of layers take turns, call by call, so that whatever else the machine does hits them alike; times are medians in
@@ -9,8 +10,9 @@ milliseconds. Beside them stands a yardstick: the time in which PyTorch sums up 
 is completed: cells measured again are replaced, so that a long run may be done in pieces.
 
 `model` decodes greedily, the models taking turns token by token, and says where the time goes: in the engine, in the Python
-around it, and in all else (Transformers, attention, norms). Run on an idle machine: another busy process costs OpenMP
-programs, ours and PyTorch's, whole time slices.
+around it, and in all else (Transformers, attention, norms). With `--compile` each model's step is one graph of
+`torch.compile` around a static cache, as large as the text becomes. Run on an idle machine: another busy process costs
+OpenMP programs, ours and PyTorch's, whole time slices.
 """
 
 from __future__ import annotations
@@ -179,6 +181,41 @@ def decode(models: dict[str, torch.nn.Module], ids: Tensor, tokens: int) -> list
     return rows
 
 
+def decode_compiled(models: dict[str, torch.nn.Module], ids: Tensor, tokens: int) -> list[dict]:
+    """The same with each model's step compiled, without the Python that the profile would show."""
+    from torch._dynamo.utils import counters
+    from transformers import StaticCache
+
+    torch._dynamo.reset()  # the number of threads is part of compiled code
+    counters.clear()
+    warm, steps = 3, {}
+    for name, model in models.items():
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + warm + 1 + tokens)
+        last = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+        def one(token: Tensor, position: Tensor, cache: StaticCache = cache, model: torch.nn.Module = model) -> Tensor:
+            out = model(token, position_ids=position, past_key_values=cache, use_cache=True)
+            return out.logits[:, -1:].argmax(-1)
+
+        compiled, state = torch.compile(one, fullgraph=True), [last, torch.tensor([[ids.shape[1]]])]
+
+        def step(compiled: Callable[..., Tensor] = compiled, state: list[Tensor] = state) -> None:
+            state[:] = compiled(*state), state[1] + 1
+
+        for _ in range(warm):
+            step()
+        steps[name] = [step]
+    times = interleaved_ms(steps, 0, tokens)
+    assert counters["stats"]["unique_graphs"] == len(models), "compiled again"
+    rows = []
+    for name, values in times.items():
+        ms = statistics.median(values)
+        rate = dict(threads=torch.get_num_threads(), tokens_per_s=round(1e3 / ms, 2), ms=round(ms, 3))
+        rows.append(dict(model=f"{name}, compiled", **rate))
+        print(rows[-1], flush=True)
+    return rows
+
+
 def unbind(model: torch.nn.Module) -> None:
     """Lets quantized layers look the engine's functions up again."""
     for module in model.modules():
@@ -238,7 +275,7 @@ def llama_rate(path: Path, threads: int, tokens: int) -> float:
     return best
 
 
-def whole_model(gguf: Path, tokens: int, thread_counts: list[int]) -> list[dict]:
+def whole_model(gguf: Path, tokens: int, thread_counts: list[int], compiled: bool) -> list[dict]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(PROMPT, return_tensors="pt")["input_ids"]
@@ -256,7 +293,9 @@ def whole_model(gguf: Path, tokens: int, thread_counts: list[int]) -> list[dict]
     for threads in thread_counts:
         torch.set_num_threads(threads)
         with torch.inference_mode():
-            rows += decode(models, ids, tokens)
+            rows += (decode_compiled if compiled else decode)(models, ids, tokens)
+        if compiled:  # llama.cpp is beside the others
+            continue
         try:
             rate = llama_rate(gguf, threads, tokens)
         except ImportError:
@@ -286,13 +325,16 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=0.3, help="per kind of layer")
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--compile", action="store_true", help="the model's step")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     command = "python benchmarks/cpu.py layers"
     report: dict = dict(**machine(), command=command, cells=[])
     if arguments.what == "model":
         report["command"] = f"python benchmarks/cpu.py model --gguf {arguments.gguf.name}"
-        report["cells"] = whole_model(arguments.gguf, 32, arguments.threads)
+        if arguments.compile:
+            report["command"] += " --compile"
+        report["cells"] = whole_model(arguments.gguf, 32, arguments.threads, arguments.compile)
     else:
         for threads in arguments.threads:
             torch.set_num_threads(threads)

@@ -315,9 +315,17 @@ def _called(residual_bits=2, bias=True):
     return module, x
 
 
+def _arguments(module):
+    return *module.packed, module.bias, module.in_features, *module.settings.values()
+
+
+def _in_python(module, x):
+    """By the kernel that looks at everything anew."""
+    return ops._linear_cpu(x, *_arguments(module))
+
+
 def _by_the_op(module, x):
-    packed, layout = module.packed, (module.in_features, *module.settings.values())
-    return torch.ops.turboquant_weights.linear_inference(x, *packed, module.bias, *layout)
+    return torch.ops.turboquant_weights.linear_inference(x, *_arguments(module))
 
 
 CHANGES = {
@@ -339,9 +347,10 @@ def test_a_layer_that_changed_computes_with_what_it_has(change, way):
     module, x = _called()
     with torch.no_grad():
         CHANGES[change](module)
-        want = _by_the_op(module, x)
+        want = _in_python(module, x)
         for _ in range(3):
             assert torch.equal(module(x), want)
+            assert torch.equal(_by_the_op(module, x), want)
 
 
 def test_planes_that_no_longer_fit_are_refused(way):
@@ -352,7 +361,7 @@ def test_planes_that_no_longer_fit_are_refused(way):
         module(x)
     module, x = _called()
     module.codes.data = module.codes.data[:1].expand(40, -1)
-    assert torch.equal(module(x), _by_the_op(module, x))
+    assert torch.equal(module(x), _in_python(module, x))
 
 
 def test_inputs_of_other_kinds_after_binding(way):
@@ -408,7 +417,7 @@ def test_calls_in_c_are_those_of_the_op(residual_bits, bias, shape, dtype, at_on
     module, _ = _called(residual_bits, bias)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = module._bound.at_once(x, module._parameters)
-    assert torch.equal(got, _by_the_op(module, x))
+    assert torch.equal(got, _in_python(module, x))
     assert (got.dtype, got.shape) == (dtype, (*shape[:-1], 40))
     with torch.inference_mode():
         assert module._bound.at_once(x, module._parameters).is_inference()
@@ -468,11 +477,11 @@ def test_calls_in_c_give_way_to_gradients(at_once):
     asking = x.clone().requires_grad_()
     assert call(asking) is None
     with torch.no_grad():
-        assert torch.equal(call(asking), _by_the_op(module, x))
+        assert torch.equal(call(asking), _in_python(module, x))
     module.bias.requires_grad_()
     assert call(x) is None
     with torch.no_grad():
-        assert torch.equal(call(x), _by_the_op(module, x))
+        assert torch.equal(call(x), _in_python(module, x))
 
 
 class _Named(torch.Tensor):
@@ -496,6 +505,83 @@ def test_calls_in_c_leave_other_tensors_to_python(at_once):
     for arguments in ((), (x,), (x, None), (x, module._parameters, 3)):
         with pytest.raises(TypeError, match="an input and a dictionary"):
             bound(*arguments)
+
+
+def _met_by_the_op(monkeypatch):
+    """A layer that the operator's kernel has seen, its arguments, and what the kernel leaves to Python from then on."""
+    module, x = _called()
+    left = []
+    monkeypatch.setattr(cpu_linear, "_MOST_KNOWN", 2)
+
+    def other(x, *arguments):
+        left.append(x)
+        return ops._linear_cpu(x, *arguments)
+
+    kernel = cpu_linear.kernel(other)
+    assert torch.equal(kernel(x, *_arguments(module)), module(x))
+    assert len(left) == 1
+    left.clear()
+    return module, x, kernel, left
+
+
+def test_the_operator_calls_c_for_layers_it_has_met(at_once, monkeypatch):
+    module, x, kernel, left = _met_by_the_op(monkeypatch)
+    for given in (x, x.half(), x.float(), x[0], x[:, None]):
+        assert torch.equal(kernel(given, *_arguments(module)), _in_python(module, given))
+    assert not left
+    with torch.autograd.profiler.profile():  # whoever watches has seen the operator
+        kernel(x, *_arguments(module))
+    assert not left
+
+
+def test_the_operator_leaves_all_else_to_python(at_once, monkeypatch):
+    module, x, kernel, left = _met_by_the_op(monkeypatch)
+    arguments = _arguments(module)
+    for given in (x.double(), x.repeat(6, 1), x[:0], torch.cat([x, x], 1)[:, ::2]):
+        assert torch.equal(kernel(given, *arguments), _in_python(module, given))
+        assert left.pop() is given
+    for i, tensor in enumerate(arguments[:5]):  # the same values elsewhere
+        moved = *arguments[:i], tensor.clone(), *arguments[i + 1 :]
+        assert torch.equal(kernel(x, *moved), _in_python(module, x))
+        assert left.pop() is x
+        kernel(x, *arguments)  # met again where its codes are
+        left.clear()
+    residual, in_features, bits, seed = 1, 5, 6, 9
+    wrong = {
+        "in_features": (in_features, 95), "bits": (bits, 3), "seed": (seed, 1), "codes": (0, arguments[0].view(80, -1)),
+        "type": (0, arguments[0].view(torch.int8)), "absent": (residual, None),
+    }  # fmt: skip
+    for what, (i, value) in wrong.items():
+        changed = *arguments[:i], value, *arguments[i + 1 :]
+        if what == "seed":
+            assert torch.equal(kernel(x, *changed), ops._linear_cpu(x, *changed))
+        else:
+            with pytest.raises(QuantizationError):
+                kernel(x, *changed)
+        assert left.pop() is x, what
+    with pytest.raises(TypeError):
+        kernel(x)
+    with pytest.raises(TypeError):
+        kernel(x, *arguments[:-1], "0")
+
+
+def test_the_operator_keeps_no_references(at_once, monkeypatch):
+    module, x, kernel, left = _met_by_the_op(monkeypatch)
+    arguments = _arguments(module)
+    held = [x, *arguments[:5], torch.Tensor, torch.bfloat16, None]
+    before = [sys.getrefcount(each) for each in held]
+    for _ in range(1000):
+        kernel(x, *arguments)
+        kernel(x.double(), *arguments)
+        left.clear()
+    after = [sys.getrefcount(each) for each in held]
+    assert max(abs(b - a) for a, b in zip(before, after, strict=True)) < 20
+    for _ in range(3):
+        other, _ = _called()
+        kernel(x, *_arguments(other))
+    plane = weakref.ref(other.codes)
+    other.codes = None
+    assert plane() is None
 
 
 def test_calls_in_c_report_what_went_wrong(at_once, monkeypatch):
@@ -564,7 +650,7 @@ def test_a_plane_that_another_thread_replaces_while_a_layer_is_bound(monkeypatch
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(cpu_linear, "_checked", interrupted)
         module(x)
-    assert torch.equal(module(x), _by_the_op(module, x))
+    assert torch.equal(module(x), _in_python(module, x))
 
 
 @needs_engine

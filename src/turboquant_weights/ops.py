@@ -281,9 +281,15 @@ _LIBRARY.impl("experts", _experts_by(_linear_cpu), "CPU")
 _LIBRARY.impl("experts", _experts_cuda, "CUDA")
 _LIBRARY.impl("experts_input_gradient", _experts_gradient_by(_linear_input_gradient), "CompositeExplicitAutograd")
 _LIBRARY.impl("experts_input_gradient", _experts_gradient_by(_linear_input_gradient_cuda), "CUDA")
+# What is_direct asks, for calls in C, which look at the tensors, at gradients and at the level of forward mode themselves.
+cpu.watch(
+    _dispatch_modes, _function_modes, _tracer, _is_profiling, functools.partial(_is_autocast, "cpu"),
+    torch._C._functorch.peek_interpreter_stack,
+)  # fmt: skip
+_linear_cpu_kernel = cpu.kernel(_linear_cpu)
 for _name in ("linear", "linear_inference"):
     _LIBRARY.impl(_name, _linear, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _linear_cpu, "CPU")
+    _LIBRARY.impl(_name, _linear_cpu_kernel, "CPU")
     _LIBRARY.impl(_name, _linear_cuda, "CUDA")
 _LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
@@ -456,10 +462,3 @@ def is_direct(x: Tensor, parameters: Mapping[str, Any]) -> bool:
         return False
     bias = parameters["bias"]
     return not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-
-
-# The same for calls in C, which look at the tensors, at gradients and at the level of forward mode themselves.
-cpu.watch(
-    _dispatch_modes, _function_modes, _tracer, _is_profiling, functools.partial(_is_autocast, "cpu"),
-    torch._C._functorch.peek_interpreter_stack,
-)  # fmt: skip

@@ -22,8 +22,10 @@ def bind(
     calls: tuple[int, ...],
     tensors: tuple[Tensor | None, ...],
     in_features: int,
+    layout: tuple[int, ...],
     rows: int,
     few: int,
     owner: object,
     /,
 ) -> Callable[[Tensor, Mapping[str, Any]], Tensor | None] | None: ...
+def kernel(known: dict[int, Callable[..., Tensor | None]], other: Callable[..., Tensor], /) -> Callable[..., Tensor]: ...

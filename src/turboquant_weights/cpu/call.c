@@ -1,4 +1,5 @@
-/* A bound layer's call in C: what linear.py's `product` does for a few tokens, without the interpreter in between.
+/* A bound layer's call in C: what linear.py's `product` does for a few tokens, without the interpreter in between. A layer
+ * calls it itself, and so does the operator when it comes from the dispatcher, from compiled code say.
  *
  * A module of its own, built where Python's headers are; without it linear.py's way is taken. It keeps to the stable ABI of
  * Python 3.10, so that one build serves every later version, and to DLPack's exchange table, through which PyTorch says
@@ -33,6 +34,7 @@ enum { ON_CPU = 1, FLOAT_CODE = 2, BFLOAT_CODE = 4 };
 
 enum { CODES, RESIDUAL, SCALES, EXPONENTS, BIAS, TENSORS };
 enum { TYPES = 3 };              /* float32, float16, bfloat16, as in engine.h */
+enum { LAYOUT = 4 };             /* bits, residual bits, group size, seed */
 
 static struct {
     PyObject *tensor, *parameter;            /* the classes: nothing else is touched */
@@ -51,8 +53,8 @@ typedef struct {
     const void *call[TYPES];
     const void *at[TENSORS];     /* NULL: there is none */
     int64_t bytes[TENSORS];
-    int32_t type[TENSORS];       /* as type_of says; 0: any */
-    int64_t in_features, rows, few;
+    int32_t type[TENSORS];       /* as type_of says */
+    int64_t in_features, layout[LAYOUT], rows, few;
     PyObject *owner;             /* of what `call` points to */
 } bound;
 
@@ -121,7 +123,7 @@ static int is_known(const bound *layer, int i, PyObject *object)
     dl_tensor tensor;
     int64_t count;
     return describe(object, &tensor, &count) && tensor.data == layer->at[i] &&
-           count * (tensor.dtype.bits / 8) == layer->bytes[i] && (!layer->type[i] || type_of(&tensor) == layer->type[i]);
+           count * (tensor.dtype.bits / 8) == layer->bytes[i] && type_of(&tensor) == layer->type[i];
 }
 
 /* A new tensor of the shape of x, but for the last dimension. */
@@ -138,8 +140,9 @@ static PyObject *new_result(const dl_tensor *x, int64_t rows, int type)
     return result;
 }
 
-/* The product, NULL with an error, or None: not for this way. All tensors are held by the caller. */
-static PyObject *multiply(const bound *layer, PyObject *x, PyObject *const *tensors)
+/* The product, NULL with an error, or None: not for this way. All tensors are held by the caller. `dispatched`: whoever
+ * watches has been asked. */
+static PyObject *multiply(const bound *layer, PyObject *x, PyObject *const *tensors, int dispatched)
 {
     dl_tensor input, output;
     int64_t count, results;
@@ -154,7 +157,7 @@ static PyObject *multiply(const bound *layer, PyObject *x, PyObject *const *tens
     if (tokens < 1 || tokens >= layer->few) return Py_NewRef(Py_None);
     for (int i = 0; i < TENSORS; i++)
         if (!is_known(layer, i, tensors[i])) return Py_NewRef(Py_None);
-    const int watched = is_watched(x, tensors[BIAS]);
+    const int watched = dispatched ? 0 : is_watched(x, tensors[BIAS]);
     if (watched) return watched < 0 ? NULL : Py_NewRef(Py_None);
     PyObject *out = new_result(&input, layer->rows, type), *threads = out ? PyObject_CallNoArgs(torch.threads) : NULL;
     const int many = threads ? (int)PyLong_AsLong(threads) : -1;
@@ -187,7 +190,7 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
         if (!tensors[held]) break;
         Py_INCREF(tensors[held]);
     }
-    if (held == TENSORS) result = multiply(layer, arguments[0], tensors);
+    if (held == TENSORS) result = multiply(layer, arguments[0], tensors, 0);
     else if (!PyErr_Occurred()) result = Py_NewRef(Py_None); /* a parametrized bias, say */
     while (held-- > 0) Py_DECREF(tensors[held]);
     return result;
@@ -195,6 +198,70 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 
 static PyMethodDef call_definition = {"product", (PyCFunction)(void (*)(void))call, METH_FASTCALL,
                                       "product(x, parameters): x W^T + bias, or None: ask elsewhere"};
+
+/* -- the operator's kernel --------------------------------------------------------------------------------------------- */
+
+/* The arguments of the operator, in the order of its schema. */
+enum { X, PLANES, IN_FEATURES = PLANES + TENSORS, SCHEMA_LAYOUT, ARGUMENTS = SCHEMA_LAYOUT + LAYOUT };
+
+/* Whether the numbers behind the tensors are the layer's; -1: an error is set. */
+static int is_layout(const bound *layer, PyObject *const *arguments)
+{
+    for (int i = 0; i <= LAYOUT; i++) {
+        const long long number = PyLong_AsLongLong(arguments[IN_FEATURES + i]);
+        if (number == -1 && PyErr_Occurred()) return -1;
+        if (number != (i ? layer->layout[i - 1] : layer->in_features)) return 0;
+    }
+    return 1;
+}
+
+/* What `call` does, for the layer that is known by the address of its codes. */
+static PyObject *multiply_known(PyObject *known, PyObject *const *arguments)
+{
+    dl_tensor codes;
+    int64_t count;
+    if (!describe(arguments[PLANES + CODES], &codes, &count)) return Py_NewRef(Py_None);
+    PyObject *key = PyLong_FromVoidPtr(codes.data), *function = key ? PyDict_GetItemWithError(known, key) : NULL;
+    Py_XDECREF(key);
+    if (!function) return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    Py_INCREF(function); /* another thread may forget it while the engine runs */
+    const bound *layer = PyCapsule_GetPointer(PyCFunction_GetSelf(function), BOUND);
+    const int same = layer ? is_layout(layer, arguments) : -1;
+    PyObject *result = NULL;
+    if (same > 0 && codes.ndim == 2 && codes.shape[0] == layer->rows) /* and, in multiply, as many bytes */
+        result = multiply(layer, arguments[X], arguments + PLANES, 1);
+    else if (same >= 0)
+        result = Py_NewRef(Py_None);
+    Py_DECREF(function);
+    return result;
+}
+
+static PyObject *operate(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (count == ARGUMENTS) {
+        PyObject *result = multiply_known(PyTuple_GetItem(self, 0), arguments);
+        if (result != Py_None) return result;
+        Py_DECREF(result);
+    }
+    PyObject *all = PyTuple_New(count), *result = NULL;
+    for (Py_ssize_t i = 0; all && i < count; i++) PyTuple_SetItem(all, i, Py_NewRef(arguments[i]));
+    if (all) result = PyObject_CallObject(PyTuple_GetItem(self, 1), all);
+    Py_XDECREF(all);
+    return result;
+}
+
+static PyMethodDef operate_definition = {"linear", (PyCFunction)(void (*)(void))operate, METH_FASTCALL,
+                                         "linear(x, codes, ...): the operator's kernel"};
+
+/* kernel(known, other): a kernel with the operator's schema for a few tokens of the layers in `known`, a dictionary of what
+ * `bind` returned by the addresses of the codes. All else it leaves to the function `other`. */
+static PyObject *kernel(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *known, *other;
+    if (!PyArg_ParseTuple(arguments, "O!O:kernel", &PyDict_Type, &known, &other)) return NULL;
+    return PyCFunction_New(&operate_definition, arguments);
+}
 
 /* -- the module --------------------------------------------------------------------------------------------------------- */
 
@@ -205,22 +272,23 @@ static void release(PyObject *capsule)
     PyMem_Free(layer);
 }
 
-/* bind(run, calls, tensors, in_features, rows, few, owner): `run` and the three `calls`, in the order of engine.h's types,
- * are addresses; `tensors` are those of the layer, in the order of `names`. None: one of them is not for this way. */
+/* bind(run, calls, tensors, in_features, layout, rows, few, owner): `run` and the three `calls`, in the order of engine.h's
+ * types, are addresses; `tensors` are those of the layer, in the order of `names`. None: one of them is not for this way. */
 static PyObject *bind(PyObject *module, PyObject *arguments)
 {
     (void)module;
     unsigned long long run, calls[TYPES];
-    long long in_features, rows, few;
+    long long in_features, layout[LAYOUT], rows, few;
     PyObject *tensors[TENSORS], *owner;
-    if (!PyArg_ParseTuple(arguments, "K(KKK)(OOOOO)LLLO:bind", &run, &calls[0], &calls[1], &calls[2], &tensors[CODES],
-                          &tensors[RESIDUAL], &tensors[SCALES], &tensors[EXPONENTS], &tensors[BIAS], &in_features, &rows,
-                          &few, &owner))
+    if (!PyArg_ParseTuple(arguments, "K(KKK)(OOOOO)L(LLLL)LLO:bind", &run, &calls[0], &calls[1], &calls[2], &tensors[CODES],
+                          &tensors[RESIDUAL], &tensors[SCALES], &tensors[EXPONENTS], &tensors[BIAS], &in_features,
+                          &layout[0], &layout[1], &layout[2], &layout[3], &rows, &few, &owner))
         return NULL;
     bound *layer = PyMem_Calloc(1, sizeof *layer);
     if (!layer) return PyErr_NoMemory();
     layer->run = (run_function *)(uintptr_t)run;
     layer->in_features = in_features, layer->rows = rows, layer->few = few;
+    for (int i = 0; i < LAYOUT; i++) layer->layout[i] = layout[i];
     for (int i = 0; i < TYPES; i++) layer->call[i] = (const void *)(uintptr_t)calls[i];
     for (int i = 0; i < TENSORS; i++) {
         dl_tensor tensor;
@@ -232,7 +300,7 @@ static PyObject *bind(PyObject *module, PyObject *arguments)
         }
         layer->at[i] = tensor.data;
         layer->bytes[i] = count * (tensor.dtype.bits / 8);
-        layer->type[i] = i == RESIDUAL || i == BIAS ? type_of(&tensor) : 0; /* the others are bytes whatever their type */
+        layer->type[i] = type_of(&tensor);
     }
     Py_INCREF(owner);
     layer->owner = owner;
@@ -272,6 +340,7 @@ static PyObject *prepare(PyObject *module, PyObject *arguments)
 static PyMethodDef definitions[] = {
     {"prepare", prepare, METH_VARARGS, NULL},
     {"bind", bind, METH_VARARGS, NULL},
+    {"kernel", kernel, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_call", NULL, -1, definitions, NULL, NULL, NULL, NULL};

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ try:
     from . import _call as calls
 except ImportError:  # built without Python's headers, or an interpreter without the stable ABI: layers call `product` below
     calls = None  # type: ignore[assignment]
+if calls is not None and not hasattr(calls, "kernel"):
+    warnings.warn(f"{calls.__file__} is of an older version: run `python -m turboquant_weights.cpu`", stacklevel=2)
+    calls = None  # type: ignore[assignment]
 
 DTYPES = tuple(TYPES)
 _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
@@ -32,6 +36,7 @@ _INTEGER, _EXACT, _TILED = 0, 1, 2  # as in engine.c
 _TILED_TOKENS = 24
 _TILED_NESTED_TOKENS = 16
 _BLAS_TOKENS = 32
+_FEW = min(_TILED_TOKENS, _TILED_NESTED_TOKENS, _BLAS_TOKENS)  # fewer are for the engine alone
 _TILE_BYTES = 4 << 20
 
 Parameters = Mapping[str, Any]  # by the names of a layer's attributes, "bias" included; absent ones are None
@@ -103,8 +108,7 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
     codes_at, codes_bytes, _ = codes_known  # bytes whatever their type
     scales_at, scales_bytes, _ = scales_known
     exponents_at, exponents_bytes, _ = exponents_known
-    run, rows, empty, threads = c.tq_linear, layer.rows, torch.empty, torch.get_num_threads
-    few = min(_TILED_TOKENS, _TILED_NESTED_TOKENS, _BLAS_TOKENS)
+    run, rows, empty, threads, few = c.tq_linear, layer.rows, torch.empty, torch.get_num_threads, _FEW
 
     def product(x: Tensor, parameters: Parameters) -> Tensor | None:
         # Each is asked for once and held to the end: another thread may give the layer others while the engine reads these.
@@ -141,7 +145,7 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
         owner = layer, structures, run
         run_at = ctypes.cast(run, ctypes.c_void_p).value
         assert run_at is not None
-        at_once = calls.bind(run_at, tuple(addresses.values()), (*planes, bias), in_features, rows, few, owner)
+        at_once = calls.bind(run_at, tuple(addresses.values()), (*planes, bias), in_features, layout, rows, few, owner)
     return Bound(product, at_once or _elsewhere)
 
 
@@ -167,6 +171,39 @@ def _has_calls() -> bool:
         Tensor, torch.nn.Parameter, exchange, torch.empty, keywords, torch.get_num_threads, torch.is_grad_enabled,
         _watchers, vars(torch.autograd.forward_ad),
     )  # fmt: skip
+
+
+Kernel = Callable[..., Tensor]  # with the schema of ops.py's "linear"
+
+
+def kernel(other: Kernel) -> Kernel:
+    """A kernel for the dispatcher: ``other``, to which a layer goes that is met for the first time, and after that, for a few
+    tokens, the layer's call in C."""
+    if calls is None or not _has_calls():
+        return other
+    known: dict[int, Product] = {}  # by the addresses of the codes, which are checked in each call
+
+    def meet(
+        x: Tensor,
+        codes: Tensor,
+        residual: Tensor | None,
+        scales: Tensor,
+        exponents: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        *layout: int,
+    ) -> Tensor:
+        out = other(x, codes, residual, scales, exponents, bias, in_features, *layout)
+        if x.dtype in TYPES and x.is_contiguous() and 0 < x.numel() < _FEW * in_features:
+            tensors = dict(codes=codes, residual=residual, scales=scales, exponents=exponents, bias=bias)
+            bound = bind(tensors, in_features, layout)
+            if bound is not None and bound.at_once is not _elsewhere:
+                if len(known) >= _MOST_KNOWN:
+                    known.clear()
+                known[codes.data_ptr()] = bound.at_once
+        return out
+
+    return calls.kernel(known, meet)
 
 
 class _Described(NamedTuple):
