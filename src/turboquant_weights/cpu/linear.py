@@ -177,8 +177,8 @@ Kernel = Callable[..., Tensor]  # with the schema of ops.py's "linear"
 
 
 def kernel(other: Kernel) -> Kernel:
-    """A kernel for the dispatcher: ``other``, to which a layer goes that is met for the first time, and after that, for a few
-    tokens, the layer's call in C."""
+    """A kernel for the dispatcher: ``other``, to which a layer goes that is met for the first time, and after that, for a
+    few tokens, the layer's call in C."""
     if calls is None or not _has_calls():
         return other
     known: dict[int, Product] = {}  # by the addresses of the codes, which are checked in each call
