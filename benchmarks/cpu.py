@@ -26,13 +26,13 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from turboquant_weights import TurboQuantConfig, TurboQuantLinear, quantize_model
+from turboquant_weights import TurboQuantConfig, TurboQuantLinear, load, quantize_model
 from turboquant_weights.cpu import library
 from turboquant_weights.cpu.linear import linear
 from turboquant_weights.reference import PackedWeight
@@ -275,7 +275,9 @@ def llama_rate(path: Path, threads: int, tokens: int) -> float:
     return best
 
 
-def whole_model(gguf: Path, tokens: int, thread_counts: list[int], compiled: bool) -> list[dict]:
+def whole_model(
+    gguf: Path, tokens: int, thread_counts: list[int], compiled: bool, checkpoints: Sequence[Path] = ()
+) -> list[dict]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(PROMPT, return_tensors="pt")["input_ids"]
@@ -289,6 +291,7 @@ def whole_model(gguf: Path, tokens: int, thread_counts: list[int], compiled: boo
     models = {"bf16": dense, **{label: copy.deepcopy(dense) for label in configs}}
     for label, config in configs.items():
         quantize_model(models[label], config, progress=False)
+    models |= {folder.name: load(folder).eval() for folder in checkpoints}
     rows = []
     for threads in thread_counts:
         torch.set_num_threads(threads)
@@ -325,6 +328,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=0.3, help="per kind of layer")
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], help="saved models, in turns with the others")
     parser.add_argument("--compile", action="store_true", help="the model's step")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -334,7 +338,7 @@ def main() -> None:
         report["command"] = f"python benchmarks/cpu.py model --gguf {arguments.gguf.name}"
         if arguments.compile:
             report["command"] += " --compile"
-        report["cells"] = whole_model(arguments.gguf, 32, arguments.threads, arguments.compile)
+        report["cells"] = whole_model(arguments.gguf, 32, arguments.threads, arguments.compile, arguments.checkpoints)
     else:
         for threads in arguments.threads:
             torch.set_num_threads(threads)

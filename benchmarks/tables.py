@@ -84,14 +84,14 @@ def cpu_layers_table(path: pathlib.Path) -> list[str]:
 
 def cpu_decode_table(path: pathlib.Path) -> list[str]:
     """Markdown lines of `cpu.py model`."""
-    lines = [
-        "| model | threads | tokens/s | of bf16 | of llama.cpp | ms in the engine | around it | elsewhere |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     rows = json.loads(path.read_text())["cells"]
     rate = {(row["model"].split()[0], row["threads"]): row["tokens_per_s"] for row in rows}
+    others = [name for name in ("bf16", "llama.cpp") if any(name == other for other, _ in rate)]
+    heads = ["model", "threads", "tokens/s", *(f"of {name}" for name in others)]
+    heads += ["ms in the engine", "around it", "elsewhere"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = [f"{row['tokens_per_s'] / rate[other, row['threads']]:.2f}" for other in ("bf16", "llama.cpp")]
+        cells = [f"{row['tokens_per_s'] / rate[other, row['threads']]:.2f}" for other in others]
         cells += [f"{row[name]:.1f}" if name in row else "" for name in ("engine_ms", "around_engine_ms", "elsewhere_ms")]
         lines.append("| " + " | ".join([row["model"], str(row["threads"]), f"{row['tokens_per_s']:.1f}", *cells]) + " |")
     return lines

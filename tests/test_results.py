@@ -62,7 +62,7 @@ def test_decoding_speed(name, monkeypatch):
 
 def test_cpu_speed():
     check(TABLES["cpu_layers_table"](ROOT / "benchmarks/results/cpu-layers.json"))
-    for name in ("cpu-model", "cpu-model-cascade-lake"):
+    for name in ("cpu-model", "cpu-model-cascade-lake", "cpu-model-whole-file-cascade-lake"):
         check(TABLES["cpu_decode_table"](ROOT / f"benchmarks/results/{name}.json"))
 
 
