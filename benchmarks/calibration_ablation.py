@@ -224,10 +224,10 @@ def main() -> None:
                 quantize_model(quantized, calibration=Calibration(**settings), tokenizer=tokenizer, progress=False)
         elif name in BUDGET:
             change = BUDGET[name]
-            settings = {"samples": args.samples}
             with change() if change else nullcontext():
+                built_in = Calibration(samples=args.samples)
                 report = quantize_model(
-                    quantized, calibration=Calibration(**settings), tokenizer=tokenizer, progress=False, target_ratio=3.2
+                    quantized, calibration=built_in, tokenizer=tokenizer, progress=False, target_ratio=3.2
                 )
             expected = report.expected_kl
         else:

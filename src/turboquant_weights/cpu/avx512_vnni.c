@@ -207,8 +207,10 @@ INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, int64_t 
     if (kind == TWOS || kind == THREES) { /* the table repeats itself: bits above an index do not matter */
         const __m512i fields = kind == TWOS ? twos(codes, blocks) : threes(codes, blocks, how);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            w[i] = _mm512_permutexvar_epi16(i == 0 ? fields : _mm512_srli_epi16(fields, (kind == TWOS ? 2 : 3) * i), how->level[0]);
+        for (int i = 0; i < 4; i++) {
+            const __m512i index = i == 0 ? fields : _mm512_srli_epi16(fields, (kind == TWOS ? 2 : 3) * i);
+            w[i] = _mm512_permutexvar_epi16(index, how->level[0]);
+        }
         return;
     }
     const __m512i raw = load(codes, 16 * blocks);
@@ -216,7 +218,7 @@ INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, int64_t 
         const __m512i nibble = _mm512_set1_epi8(15);
         w[0] = _mm512_shuffle_epi8(how->bytes, _mm512_and_si512(raw, nibble));
         w[1] = _mm512_shuffle_epi8(how->bytes, _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble));
-    } else if (kind == FOURS_ONES) { /* bits above an index of 5 are ignored, and here of 6 */
+    } else if (kind == FOURS_ONES) { /* look-ups ignore the bits above an index, here and below */
         const __m128i bits = blocks >= CHUNK ? _mm_loadu_si128((const __m128i *)residual)
                                              : _mm_maskz_loadu_epi8((__mmask16)((1u << 4 * blocks) - 1), residual);
         const __m512i rest = _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bits), how->fetch), how->shift);
@@ -532,8 +534,9 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
 
 /* -- entry points -------------------------------------------------------------------------------------------------------- */
 
-/* Instantiates a kernel: four rows or one of one token, one row of two and four. `made`, of a `type`, is what all rows share. */
-#define KERNEL(name, type, made, call)                                                                                             \
+/* Instantiates a kernel: four rows or one of one token, one row of two and four. `made`, of a `type`, is what all rows
+ * share. */
+#define KERNEL(name, type, made, call)                                                                                      \
     static void name(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,            \
                      int64_t count, float *out)                                                                             \
     {                                                                                                                       \
