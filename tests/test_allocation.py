@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import warnings
 
 import pytest
 import torch
@@ -187,6 +188,17 @@ def test_a_budget_knows_where_calibration_helps() -> None:
     free = {unit.names[0]: unit for unit in plan_bits(model, tokens=tokens, calibrated=False, progress=False).units}
     o_proj = "model.layers.0.self_attn.o_proj"
     assert units[o_proj].sensitivity == pytest.approx(free[o_proj].sensitivity * few[o_proj], rel=1e-3)
+
+
+def test_a_budget_says_when_its_text_is_too_short() -> None:
+    model = tiny_llama().eval()
+    with pytest.warns(UserWarning, match=r"text has 8,191 tokens, and this model needs 8,192"):
+        plan_bits(model, tokens=torch.randint(0, 97, (1, 8191)), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_bits(model, tokens=torch.randint(0, 97, (64, 128)), progress=False)
+        plan_bits(model, tokens=torch.randint(0, 97, (2, 64)), calibrated=False, progress=False)
+        plan_bits(model, progress=False)
 
 
 def test_sensitivities_are_reproducible() -> None:
