@@ -81,7 +81,10 @@ def measure(name: str) -> list[dict]:
     kept = columns // ranks
     copies = max(3, min(24, -(-(160 << 20) // (sum(rows for rows, _ in shapes) * kept // 2))))
     sets = [
-        [(tune.random_planes(rows, columns, residual, 10 * copy + i), residual) for i, (rows, residual) in enumerate(shapes)]
+        [
+            (tune.random_planes(rows, columns, 4, residual, 10 * copy + i), residual)
+            for i, (rows, residual) in enumerate(shapes)
+        ]
         for copy in range(copies)
     ]
     parts = [[build(members, columns, rank * kept, rank * kept + kept) for members in sets] for rank in range(ranks)]
@@ -104,7 +107,7 @@ def measure(name: str) -> list[dict]:
             residual = shapes[0][1]
             config, rows = TurboQuantConfig(4, residual), sum(rows for rows, _ in shapes)
             plain = [
-                TurboQuantLinear.from_packed(tune.random_planes(rows, kept, residual, copy), kept, None, config)
+                TurboQuantLinear.from_packed(tune.random_planes(rows, kept, 4, residual, copy), kept, None, config)
                 for copy in range(copies)
             ]
         times = [[], []]  # alternating, so that both see the same clocks

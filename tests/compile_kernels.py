@@ -17,6 +17,7 @@ POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
     out="*bf16", partial="*fp32", counters="*i32", sign="*bf16", matrix="*bf16",
 )  # fmt: skip
+PAIRS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4), (3, 3))
 DIVISIBLE = ("x_stride", "code_stride", "out_stride", "columns")
 
 
@@ -34,7 +35,7 @@ def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **cons
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 1})
 
 
-def build_streamk(block_m, groups, residual_bits):
+def build_streamk(block_m, groups, bits, residual_bits):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from turboquant_weights.kernels import streamk
@@ -42,11 +43,12 @@ def build_streamk(block_m, groups, residual_bits):
     def operand(kind, block):
         return f"tensordesc<{kind}{block[0]},{block[1]!r}>"
 
-    plane, rest = (streamk.plane_block(block_m, groups, words) for words in (4, residual_bits or 4))
+    plane, rest = (streamk.plane_block(block_m, groups, words) for words in (bits, residual_bits or bits))
     kinds = POINTERS | dict(x=operand("fp16", streamk.x_block(block_m)), codes=operand("i32", plane))
     kinds["residual"] = operand("i32", rest)
-    stages = streamk_stages(block_m, groups, residual_bits)
-    constants = dict(BLOCK_M=block_m, GROUPS=groups, STAGES=stages, RESIDUAL_BITS=residual_bits, HAS_BIAS=True, PDL=True)
+    stages = streamk_stages(block_m, groups, bits, residual_bits)
+    tile = dict(BLOCK_M=block_m, GROUPS=groups, STAGES=stages)
+    constants = dict(tile, BITS=bits, RESIDUAL_BITS=residual_bits, HAS_BIAS=True, PDL=True)
     names = streamk.streamk_kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "rows"]
@@ -61,8 +63,9 @@ def build_streamk(block_m, groups, residual_bits):
 
 
 def check_streamk() -> None:
-    for block_m, groups, residual_bits in ((32, 2, 1), (64, 2, 2), (128, 2, 0), (128, 3, 4), (256, 2, 4)):
-        kernel = build_streamk(block_m, groups, residual_bits)
+    tiles = ((32, 2, 4, 1), (64, 2, 4, 2), (128, 2, 4, 0), (128, 3, 4, 4), (256, 2, 4, 4))
+    for tile in (*tiles, (64, 2, 2, 0), (64, 2, 3, 0), (128, 3, 4, 3), (256, 2, 3, 3)):
+        kernel = build_streamk(*tile)
         assert kernel.metadata.shared <= 227 << 10
         # ptxas says, and nobody sees it, if it has every product of a warp group wait for the one before.
         command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", "-o", "/dev/null", "-"]
@@ -75,29 +78,31 @@ def main(capability: int) -> None:
     if capability == 90:
         check_streamk()
     pdl = capability >= 90
-    # 89 compiles the sources of 80: two pairs show that its assembler takes them.
-    for bits, residual_bits in ((4, 0), (3, 2)) if capability == 89 else (*decode.FAST, (3, 2)):
+    common = dict(REDUCE=True, HAS_BIAS=True, PDL=pdl)
+    portable = dict(BITS=3, RESIDUAL_BITS=2, ASSEMBLY="")
+    build(splitk.splitk_kernel, capability, 4, **portable, BLOCK_M=16, BLOCK_N=64, STAGES=1, TAIL=True, **common)
+    build(dequantize.dequantize_kernel, capability, 4, **portable, PDL=pdl)
+    # 89 compiles the sources of 80: some pairs show that its assembler takes them.
+    for bits, residual_bits in ((3, 0), (4, 2)) if capability == 89 else PAIRS:
         planes = dict(BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.assembly(bits, residual_bits))
-        common = dict(REDUCE=True, HAS_BIAS=True, PDL=pdl)
-        tails = (True,) if residual_bits in (1, 2) else (True, False)  # 0 and 4 show the rest
+        tails = (True, False) if (bits, residual_bits) in ((3, 0), (4, 0), (4, 4)) else (True,)  # they show the rest
         for tail in tails:
             tile = dict(BLOCK_M=16, BLOCK_N=64, STAGES=1 if tail else 3, TAIL=tail)
             kernel = build(splitk.splitk_kernel, capability, 4, **planes, **tile, **common)
             assert ("wgmma" if pdl else "mma.sync") in kernel.asm["ptx"]
-        if planes["ASSEMBLY"]:
-            few = dict(RESIDUAL_BITS=residual_bits, ASSEMBLY=planes["ASSEMBLY"], ROWS=16, WARPS=4, TAIL=True)
-            kernel = build(slices.slices_kernel, capability, 4, **few, **common)
-            assert "mma.sync" in kernel.asm["ptx"]
-            assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
-            one = dict(few, PDL=pdl)
-            raw = POINTERS | dict(x="*bf16", experts="*i64")
-            for function, options in ((rotating.rotating_kernel, dict(HAS_BIAS=True)), (rotating.routed_kernel, {})):
-                for tail in tails:
-                    kernel = build(function, capability, 4, raw, **(one | options | dict(TAIL=tail)))
-                    assert "ttg.local_" not in kernel.asm["ttgir"]  # what is rotated stays in its thread
-            words = dict(RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.bfloat_assembly(bits, residual_bits), UNITS=4, PDL=pdl)
-            kernel = build(dequantize.dequantize_words_kernel, capability, 8, **words)
-            assert "ttg.local_" not in kernel.asm["ttgir"]  # a thread writes what it has read
+        few = dict(planes, ROWS=16, WARPS=4, TAIL=True)
+        kernel = build(slices.slices_kernel, capability, 4, **few, **common)
+        assert "mma.sync" in kernel.asm["ptx"]
+        assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+        one = dict(few, PDL=pdl)
+        raw = POINTERS | dict(x="*bf16", experts="*i64")
+        for function, options in ((rotating.rotating_kernel, dict(HAS_BIAS=True)), (rotating.routed_kernel, {})):
+            for tail in tails:
+                kernel = build(function, capability, 4, raw, **(one | options | dict(TAIL=tail)))
+                assert "ttg.local_" not in kernel.asm["ttgir"]  # what is rotated stays in its thread
+        words = dict(planes, ASSEMBLY=decode.bfloat_assembly(bits, residual_bits), UNITS=4, PDL=pdl)
+        kernel = build(dequantize.dequantize_words_kernel, capability, 8, **words)
+        assert "ttg.local_" not in kernel.asm["ttgir"]  # a thread writes what it has read
         build(dequantize.dequantize_kernel, capability, 4, **planes, PDL=pdl)
     for tail in (True, False):
         options = dict(ROWS=16, WARPS=2, AHEAD=2, TAIL=tail, REDUCE=True, HAS_BIAS=True, PDL=pdl)

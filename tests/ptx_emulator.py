@@ -62,6 +62,10 @@ OPERATIONS = {
     "mul.lo": lambda a, b: a * b,
     "bfe": lambda a, start, length: (a >> start) & ((np.uint32(1) << length) - np.uint32(1)),
     "lop3": _lop3,
+    "shf.r.wrap": lambda low, high, shift: ((low | high.astype(np.uint64) << 32) >> (shift & 31)).astype(np.uint32),
+    "shfl.sync.up": lambda a, by, clamp, mask: np.where(np.arange(len(a)) % 32 < by, a, np.roll(a, int(by[0]))),
+    "setp.eq": lambda a, b: a == b,
+    "selp": lambda a, b, predicate: np.where(predicate, a, b),
     "prmt": _prmt,
     "add.rn.f16x2": lambda a, b: _word(_half(a) + _half(b)),
     "mul.rn.f16x2": lambda a, b: _word(_half(a) * _half(b)),
@@ -76,7 +80,7 @@ OPERATIONS = {
 def run(assembly: str, results: int, operands: list[np.ndarray]) -> list[np.ndarray]:
     """Executes ``assembly`` with uint32 ``operands`` as $results, ...; returns $0 .. $results-1."""
     registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
-    registers["%laneid"] = np.zeros_like(operands[0])
+    registers["%laneid"] = (np.arange(operands[0].size) % 32).astype(np.uint32)
     text = re.sub(r"//[^\n]*|[{}]", "", assembly)
     for statement in text.split(";"):
         words = statement.strip().replace(",", " ").split()

@@ -45,6 +45,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32] if CUDA else [torch.float16]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 129, 300] + ([2049] if CUDA else [])
 COMBINATIONS = [(bits, residual) for bits in (2, 3, 4) for residual in range(5)]
+USUAL = [(2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4)]  # what budgets give to layers and grades
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 needs_interpreter = pytest.mark.skipif(CUDA, reason="emulates the assembly that a GPU runs")
@@ -148,29 +149,76 @@ def test_awkward_shapes(m, n, k, group_size):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
 @pytest.mark.parametrize(("n", "k", "m"), [(67, 288, 5), (130, 384, 33), (40, 64, 300)])
 def test_assembly_path(n, k, m, bits, residual_bits, assembly_on_cpu):
     check(*inputs(m, n, k), n, k, bits, residual_bits)
 
 
+def nibbles(fields):
+    """[8, count] -> words."""
+    return sum(field << np.uint32(4 * i) for i, field in enumerate(fields)).astype(np.uint32)
+
+
+def fields(words, bits):
+    """Words [count] of each of several columns of words -> the fields [columns * 32 / bits, count] of the bit stream."""
+    stream = np.stack([(word >> np.uint32(i)) & 1 for word in words for i in range(32)])
+    return sum(stream[i::bits] << np.uint32(i) for i in range(bits)).astype(np.uint32)
+
+
 @needs_interpreter
-@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
-def test_assembly_decodes_the_codebook_exactly(residual_bits):
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
+def test_assembly_decodes_the_codebook_exactly(bits, residual_bits):
     random = np.random.default_rng(0)
-    words = [random.integers(0, 2**32, 4099, dtype=np.uint32) for _ in range(2)]
+    above = 4 if residual_bits == 0 else bits  # without a residual anything may stand above a code
+    words = [nibbles(random.integers(0, 2**above, (8, 4099), dtype=np.uint32)) for _ in range(2)]
     rests = [random.integers(0, 2**residual_bits, (8, 4099), dtype=np.uint32) for _ in range(2)]
-    packed_rests = [sum(rest[i] << np.uint32(4 * i) for i in range(8)).astype(np.uint32) for rest in rests]
+    packed_rests = [nibbles(rest) for rest in rests]
     operands = words + (packed_rests if residual_bits else []) + [np.full_like(words[0], 0x3C003C00)] * 2
-    for table in decode._base_tables():
+    for table in decode._base_tables(bits):
         operands += [np.full_like(words[0], table & 0xFFFFFFFF)] * 2
-    registers = run(decode.assembly(4, residual_bits), 8, operands)
-    table = np.array([float(level) for level in levels(4, residual_bits)])
+    registers = run(decode.assembly(bits, residual_bits), 8, operands)
+    table = np.array([float(level) for level in levels(bits, residual_bits)])
     halves = np.stack([r.view(np.float16).reshape(-1, 2)[:, i] for r in registers for i in (0, 1)]).astype(np.float64)
     for w in (0, 1):
         for position, weight in enumerate((0, 2, 1, 3, 4, 6, 5, 7)):
-            index = (((words[w] >> np.uint32(4 * weight)) & 15) << np.uint32(residual_bits)) | rests[w][weight]
-            assert np.array_equal(halves[8 * w + position], table[index])
+            code = (words[w] >> np.uint32(4 * weight)) & np.uint32(2**bits - 1)
+            assert np.array_equal(halves[8 * w + position], table[code << np.uint32(residual_bits) | rests[w][weight]])
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("assembly", "bits", "clean"),
+    [
+        (decode._WIDEN_1, 1, True),
+        (decode._WIDEN_2, 2, True),
+        (decode._WIDEN_2_LOOSELY, 2, False),
+        (decode._WIDEN_3, 3, True),
+        (decode._WIDEN_3_LOOSELY, 3, False),
+    ],
+)
+def test_assembly_widens_a_plane_to_nibbles(assembly, bits, clean):
+    count = 3 if bits == 3 else 1
+    words = list(np.random.default_rng(0).integers(0, 2**32, (count, 4099), dtype=np.uint32))
+    check_widened(run(assembly.value, 4 // bits if bits < 3 else 4, words), fields(words, bits), bits, clean)
+
+
+def check_widened(got, wanted, bits, clean):
+    mask = np.uint32(15 if clean else 2**bits - 1)
+    for i, field in enumerate(wanted):
+        assert np.array_equal((got[i // 8] >> np.uint32(4 * (i % 8))) & mask, field)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("clean", [True, False])
+def test_lanes_hand_one_another_the_words_of_a_plane_of_three_bits(clean):
+    """As the copy engine brings them: 12 words of a row and tile, 4 of the next tile's, a fourth in each of four lanes."""
+    streamk = pytest.importorskip("turboquant_weights.kernels.streamk")
+    tiles = np.random.default_rng(0).integers(0, 2**32, (16, 16), dtype=np.uint32)  # of 64 lanes
+    operands = [tiles.reshape(64, 4)[:, i].copy() for i in range(4)] + [np.arange(64, dtype=np.uint32) % 32] * 4
+    mine = tiles[:, :12].reshape(64, 3)
+    wanted = fields([mine[:, i].copy() for i in range(3)], 3)
+    check_widened(run(streamk.realigning(clean), 4, operands), wanted, 3, clean)
 
 
 @needs_interpreter
@@ -217,8 +265,8 @@ def test_every_schedule_gives_the_result(chosen, k):
 @pytest.mark.parametrize(
     ("chosen", "planes"),
     [
-        *itertools.product((SplitK(32, 64, 2, 3, 4), Slices(2, 1), Rotating(1)), decode.FAST),
-        *itertools.product((SplitK(16, 64, 1, 1, 4), Slices(4, 3), Rotating(4)), (decode.FAST[0], decode.FAST[-1])),
+        *itertools.product((SplitK(32, 64, 2, 3, 4), Slices(2, 1), Rotating(1)), [*USUAL, (2, 1), (3, 3)]),
+        *itertools.product((SplitK(16, 64, 1, 1, 4), Slices(4, 3), Rotating(4)), [(3, 0), (4, 0), (4, 3), (4, 4)]),
     ],
 )
 def test_every_schedule_on_the_assembly_path(chosen, planes, assembly_on_cpu):
@@ -252,15 +300,22 @@ def test_integers_on_a_gpu(dtype, chosen):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize(
-    ("block_m", "groups", "residual_bits", "dtype"),
-    [(block_m, groups, 0, torch.bfloat16) for block_m, groups in ((16, 2), (32, 3), (64, 2), (128, 2), (128, 3), (256, 2))]
-    + [(32, 2, 1, torch.bfloat16), (64, 3, 2, torch.float16), (128, 3, 4, torch.float16), (256, 2, 4, torch.bfloat16)],
+    ("block_m", "groups", "bits", "residual_bits", "dtype"),
+    [
+        (block_m, groups, 4, 0, torch.bfloat16)
+        for block_m, groups in ((16, 2), (32, 3), (64, 2), (128, 2), (128, 3), (256, 2))
+    ]
+    + [(32, 2, 4, 1, torch.bfloat16), (64, 3, 4, 2, torch.float16), (128, 3, 4, 4, torch.float16)]
+    + [(256, 2, 4, 4, torch.bfloat16), (64, 2, 4, 3, torch.bfloat16), (128, 2, 4, 3, torch.bfloat16)]
+    + [(32, 3, 3, 0, torch.bfloat16), (64, 2, 3, 0, torch.bfloat16), (128, 3, 3, 0, torch.float16)]
+    + [(256, 2, 3, 0, torch.bfloat16), (64, 2, 2, 0, torch.bfloat16), (128, 2, 2, 0, torch.bfloat16)]
+    + [(64, 2, 2, 1, torch.bfloat16), (128, 3, 3, 3, torch.bfloat16)],
 )
-def test_stream_k(block_m, groups, residual_bits, dtype):
+def test_stream_k(block_m, groups, bits, residual_bits, dtype):
     """Few tokens; tiles of several programs; programs of several tiles that fill their buffers more than once; tails."""
-    chosen = StreamK(block_m, groups, streamk_stages(block_m, groups, residual_bits))
+    chosen = StreamK(block_m, groups, streamk_stages(block_m, groups, bits, residual_bits))
     for n, k, m in ((67, 512, 5), (130, 4096, 37), (322, 1280, 4100)):
-        check(*inputs(m, n, k, dtype), n, k, 4, residual_bits, function=scheduled(chosen))
+        check(*inputs(m, n, k, dtype), n, k, bits, residual_bits, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
@@ -308,23 +363,23 @@ def test_one_token_of_any_magnitude(magnitude, chosen, assembly_on_cpu):
         assert (got == 0).all() if value == 0 else not got.isfinite().any()
 
 
-def stack(n: int, k: int, residual_bits: int):
+def stack(n: int, k: int, bits: int, residual_bits: int):
     """Three matrices as one stack of planes, and their float64 values."""
-    packed, _ = layer(n, k, 4, residual_bits)
+    packed, _ = layer(n, k, bits, residual_bits)
     members = [
         packed._replace(codes=packed.codes ^ mask, exponents=packed.exponents + i) for i, mask in enumerate((0, 255, 53))
     ]
-    exact = [dequantize(member.map(torch.Tensor.cpu), k, 4, residual_bits, 128, 0) for member in members]
+    exact = [dequantize(member.map(torch.Tensor.cpu), k, bits, residual_bits, 128, 0) for member in members]
     columns = zip(*members, strict=True)
     planes = reference.PackedWeight(*(None if column[0] is None else torch.stack(column) for column in columns))
     return planes, torch.stack(exact).to(DEVICE)
 
 
-def check_routed(multiply, residual_bits, n, k, dtype, index_dtype=torch.int64):
-    packed, exact = stack(n, k, residual_bits)
+def check_routed(multiply, bits, residual_bits, n, k, dtype, index_dtype=torch.int64):
+    packed, exact = stack(n, k, bits, residual_bits)
     experts = torch.tensor([2, 0, 3, -1, 1, 7], device=DEVICE, dtype=index_dtype)  # -1, 3 and 7 are elsewhere
     x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).to(DEVICE, dtype)
-    layout = (k, 4, residual_bits, 128, 0)
+    layout = (k, bits, residual_bits, 128, 0)
     got = multiply(x, experts, packed, layout)
     assert got.shape == (6, n)
     assert got.dtype == dtype
@@ -333,7 +388,7 @@ def check_routed(multiply, residual_bits, n, k, dtype, index_dtype=torch.int64):
         if 0 <= expert < 3:
             want = x[row].double() @ exact[expert].T
             member = packed.map(lambda plane, e=expert: plane[e])
-            eager = reference.linear(x[row], member, None, k, bits=4, residual_bits=residual_bits, group_size=128, seed=0)
+            eager = reference.linear(x[row], member, None, k, bits=bits, residual_bits=residual_bits, group_size=128, seed=0)
             size = exact[expert].norm(dim=1)
             error, allowed = (((y.double() - want) / size).norm() for y in (got[row], eager))
             assert error <= 2 * allowed + 1e-6 * x[row].double().norm()
@@ -341,32 +396,33 @@ def check_routed(multiply, residual_bits, n, k, dtype, index_dtype=torch.int64):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("bits", "residual_bits"), [*USUAL, (2, 2), (3, 1)])
 @pytest.mark.parametrize(("n", "k", "index_dtype"), [(35, 288, torch.int64), (16, 512, torch.int32)])
-def test_each_token_by_its_own_expert(n, k, index_dtype, residual_bits, assembly_on_cpu):
+def test_each_token_by_its_own_expert(n, k, index_dtype, bits, residual_bits, assembly_on_cpu):
     def multiply(x, experts, packed, layout):
         assert kernels.is_routed_at_once(x, packed, *layout)
         assert kernels.routed(x[:0], experts[:0], packed, *layout).shape == (0, n)
         return kernels.routed(x, experts, packed, *layout)
 
-    check_routed(multiply, residual_bits, n, k, torch.float16, index_dtype)
+    check_routed(multiply, bits, residual_bits, n, k, torch.float16, index_dtype)
 
 
 def test_which_tokens_are_routed_at_once(assembly_on_cpu):
-    packed, _ = stack(16, 512, 0)
+    packed, _ = stack(16, 512, 4, 0)
     x = torch.zeros(40_000, 512, dtype=torch.float16, device=DEVICE)
     assert kernels.is_routed_at_once(x[:6], packed, 512, 4, 0, 128, 0)
     assert not kernels.is_routed_at_once(x[:6].float(), packed, 512, 4, 0, 128, 0)
-    assert not kernels.is_routed_at_once(x[:6], packed, 512, 3, 1, 128, 0)  # no assembly decoder
+    odd = packed._replace(codes=torch.nn.functional.pad(packed.codes, (0, 4))[..., :-4])  # rows that begin anywhere
+    assert not kernels.is_routed_at_once(x[:6], odd, 512, 4, 0, 128, 0)
     assert not kernels.is_routed_at_once(torch.cat([x, x]), packed, 512, 4, 0, 128, 0)  # more than a grid's dimension
     assert not kernels.is_routed_at_once(x, packed._replace(codes=packed.codes.repeat(1, 64, 1)), 512, 4, 0, 128, 0)  # many
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("bits", "residual_bits"), USUAL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_experts_on_a_gpu_eagerly_and_captured(dtype, residual_bits):
+def test_experts_on_a_gpu_eagerly_and_captured(dtype, bits, residual_bits):
     op = torch.ops.turboquant_weights.experts
 
     def multiply(x, experts, packed, layout):
@@ -381,12 +437,12 @@ def test_experts_on_a_gpu_eagerly_and_captured(dtype, residual_bits):
         return eager
 
     for n, k in ((35, 288), (64, 2048)):
-        check_routed(multiply, residual_bits, n, k, dtype)
+        check_routed(multiply, bits, residual_bits, n, k, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize(("bits", "residual_bits"), [*USUAL, (2, 1), (3, 3)])
 @pytest.mark.parametrize("chosen", [Rotating(1), Rotating(2), Rotating(8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rotating_on_a_gpu(dtype, chosen, bits, residual_bits):
@@ -396,11 +452,20 @@ def test_rotating_on_a_gpu(dtype, chosen, bits, residual_bits):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize(("bits", "residual_bits"), decode.FAST)
+@pytest.mark.parametrize(("bits", "residual_bits"), [*USUAL, (2, 1), (3, 3)])
 @pytest.mark.parametrize("chosen", [Slices(2, 1), Slices(4, 3), Slices(8, 2), Slices(1, 1)])
 @pytest.mark.parametrize("m", [1, 2, 7, 8])
 def test_slices_on_a_gpu(m, chosen, bits, residual_bits):
     for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32)):
+        check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(chosen))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("bits", "residual_bits"), [*USUAL, (2, 1), (3, 3)])
+@pytest.mark.parametrize("chosen", [SplitK(*entry) for entry in SPLITK_SCHEDULES])
+def test_splitk_on_a_gpu(chosen, bits, residual_bits):
+    for n, k, m in ((67, 2048, 37), (130, 544, 9), (40, 288, 130), (16, 32, 16)):
         check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(chosen))
 
 
@@ -491,12 +556,12 @@ def in_records(plane: torch.Tensor, extra: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("m", [1, 3, 9, 64])
-@pytest.mark.parametrize("residual_bits", [0, 1, 4])
-def test_planes_and_biases_may_have_gaps(m, residual_bits, assembly_on_cpu):
+@pytest.mark.parametrize(("bits", "residual_bits"), [(2, 0), (3, 0), (4, 0), (4, 1), (4, 3), (4, 4)])
+def test_planes_and_biases_may_have_gaps(m, bits, residual_bits, assembly_on_cpu):
     n, k = 40, 512
-    packed, exact = layer(n, k, 4, residual_bits)
+    packed, exact = layer(n, k, bits, residual_bits)
     x, bias = inputs(m, n, k)
-    layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=128, seed=0)
     want = x.double() @ exact.T + bias.double()
 
     def strided(tensor):
@@ -504,6 +569,7 @@ def test_planes_and_biases_may_have_gaps(m, residual_bits, assembly_on_cpu):
 
     changed = [
         (packed._replace(codes=in_records(packed.codes, 6)), bias),
+        (packed._replace(codes=in_records(packed.codes, 4 * bits)), bias),
         (packed._replace(scales=in_records(packed.scales, 1)), bias),
         (packed._replace(codes=strided(packed.codes)), bias),
         (packed._replace(scales=strided(packed.scales), exponents=strided(packed.exponents)), strided(bias)),
@@ -541,7 +607,7 @@ def test_a_bias_on_another_device_is_an_error():
 
 def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path):
     path = tmp_path / "schedules.json"
-    entry = dict(gpu="made up", rows=64, columns=128, residual_bits=0)
+    entry = dict(gpu="made up", rows=64, columns=128, bits=4, residual_bits=0)
     four = [16, 2, 1, 2]
     fine, refused = ((1, [8]), (8, [8, 1]), (1, four)), ((8, [8]), (16, [8, 1]), (8, four))
     for tokens, chosen in (*fine, *refused):
@@ -551,9 +617,10 @@ def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path)
         else:
             with pytest.raises(ScheduleError, match="one integer or four are for 1 token, two are for at most 8"):
                 schedule.read(path)
-    path.write_text(json.dumps([entry | dict(residual_bits=4, tokens=1, schedule=four)]))
-    with pytest.raises(ScheduleError, match="four integers are for layers without a residual"):
-        schedule.read(path)
+    for other in (dict(residual_bits=4), dict(bits=3)):
+        path.write_text(json.dumps([entry | other | dict(tokens=1, schedule=four)]))
+        with pytest.raises(ScheduleError, match="four integers are for layers of 4 bits without a residual"):
+            schedule.read(path)
 
 
 def test_extreme_row_exponents():
@@ -586,44 +653,45 @@ def test_rotation_and_dequantization_equal_the_reference(dtype):
 BFLOAT_LAYERS = [(35, 160), (6, 1120), (9, 4640)]
 
 
-def check_bfloat16(n, k, residual_bits, monkeypatch):
-    packed, _ = layer(n, k, 4, residual_bits)
+def check_bfloat16(n, k, bits, residual_bits, monkeypatch):
+    packed, _ = layer(n, k, bits, residual_bits)
     ends = torch.tensor([-128, -120, 90, 112, 127], device=DEVICE)  # as far as exponents go, and what overflows
     packed = packed._replace(exponents=torch.cat([ends.to(torch.int8), packed.exponents[5:]]))
-    exact = reference._decode_rows(packed, 4, residual_bits, torch.float64)
+    exact = reference._decode_rows(packed, bits, residual_bits, torch.float64)
     room = torch.full((n + 8, exact.shape[1]), 7.0, dtype=torch.bfloat16, device=DEVICE)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: room[:n])
-    dense = kernels.dequantize_rotated(packed, 4, residual_bits, torch.bfloat16)
+    dense = kernels.dequantize_rotated(packed, bits, residual_bits, torch.bfloat16)
     assert torch.equal(dense, exact.to(torch.bfloat16))
     assert (room[n:] == 7).all(), "wrote beyond the end"
 
 
 @needs_interpreter
-@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
 @pytest.mark.parametrize(("n", "k"), BFLOAT_LAYERS)
-def test_dequantization_to_bfloat16_rounds_once(n, k, residual_bits, assembly_on_cpu, monkeypatch):
-    check_bfloat16(n, k, residual_bits, monkeypatch)
+def test_dequantization_to_bfloat16_rounds_once(n, k, bits, residual_bits, assembly_on_cpu, monkeypatch):
+    check_bfloat16(n, k, bits, residual_bits, monkeypatch)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize("residual_bits", [r for _, r in decode.FAST])
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
 @pytest.mark.parametrize(("n", "k"), BFLOAT_LAYERS)
-def test_dequantization_to_bfloat16_on_a_gpu(n, k, residual_bits, monkeypatch):
-    check_bfloat16(n, k, residual_bits, monkeypatch)
+def test_dequantization_to_bfloat16_on_a_gpu(n, k, bits, residual_bits, monkeypatch):
+    check_bfloat16(n, k, bits, residual_bits, monkeypatch)
 
 
 def test_heuristic_covers_everything():
     for tokens in (1, 8, 16, 17, 64, 65, 256):
         for rows in (1, 100, 4096, 152064):
             for columns in (32, 3584, 18944):
-                chosen = choose("none", tokens, rows, columns, 0)
+                chosen = choose("none", tokens, rows, columns, 4, 0)
                 tiles = max(1, -(-columns // 128))
                 if isinstance(chosen, Integer):
                     assert tokens == 1
                     assert rows * columns >= 1 << 23
                     assert chosen.split == 1 or 2 * chosen.split * chosen.warps <= tiles
-                    assert choose("none", tokens, rows, columns, 4) != chosen  # it has no residual
+                    for other in ((4, 4), (3, 0), (2, 0)):  # it knows 4 bits and no residual
+                        assert not isinstance(choose("none", tokens, rows, columns, *other), Integer)
                 elif isinstance(chosen, Rotating):
                     assert tokens == 1
                     assert 1 <= chosen.warps <= max(2, tiles)
@@ -638,8 +706,8 @@ def test_heuristic_covers_everything():
 def test_heuristic_for_warp_groups_covers_everything():
     for tokens in (1, 9, 16, 17, 64, 65, 256, 300, 2049, 100_000):
         for columns in (128, 3584, 29568):
-            for residual_bits in (0, 1, 2, 4):
-                chosen = choose("none", tokens, 4096, columns, residual_bits, True)
+            for bits, residual_bits in COMBINATIONS:
+                chosen = choose("none", tokens, 4096, columns, bits, residual_bits, True)
                 if isinstance(chosen, StreamK):
                     assert chosen.serves(columns)
                     assert 2 <= chosen.stages <= 6
@@ -660,19 +728,20 @@ def test_shares_of_stream_k_cover_every_step(tiles, steps):
 
 def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     path = tmp_path / "schedules.json"
-    entry = dict(gpu="some GPU", rows=4096, columns=4096, residual_bits=0, tokens=8, schedule=[2, 3])
+    entry = dict(gpu="some GPU", rows=4096, columns=4096, bits=4, residual_bits=0, tokens=8, schedule=[2, 3])
     path.write_text(json.dumps([entry]))
     monkeypatch.setenv(schedule.ENVIRONMENT, str(path))
     schedule._own_table.cache_clear()
     choose.cache_clear()
-    assert choose("some GPU", 5, 4096, 4096, 0) == Slices(2, 3)
-    assert choose("some GPU", 9, 4096, 4096, 0) == choose("another", 9, 4096, 4096, 0)
+    assert choose("some GPU", 5, 4096, 4096, 4, 0) == Slices(2, 3)
+    assert choose("some GPU", 5, 4096, 4096, 3, 0) == choose("another", 5, 4096, 4096, 3, 0)
+    assert choose("some GPU", 9, 4096, 4096, 4, 0) == choose("another", 9, 4096, 4096, 4, 0)
     for bad in ("{", "[1]", json.dumps([dict(entry, tokens=7)]), json.dumps([dict(entry, schedule=[1, 2, 3, 4])])):
         path.write_text(bad)
         schedule._own_table.cache_clear()
         choose.cache_clear()
         with pytest.raises(ScheduleError, match="turboquant-weights tune"):
-            choose("some GPU", 5, 4096, 4096, 0)
+            choose("some GPU", 5, 4096, 4096, 4, 0)
     monkeypatch.delenv(schedule.ENVIRONMENT)
     schedule._own_table.cache_clear()
     choose.cache_clear()
@@ -684,18 +753,18 @@ def test_tuning_writes_what_choosing_reads(tmp_path, monkeypatch):
 
     path = tmp_path / "schedules.json"
     times = {Slices(4, 2): 1.0, SplitK(32, 64, 2, 1, 4): 2.0}
-    monkeypatch.setattr(tune, "schedule_time", lambda x, planes, residual, s, n: times.get(s, 9.0))
+    monkeypatch.setattr(tune, "schedule_time", lambda x, planes, bits, residual, s, n: times.get(s, 9.0))
     monkeypatch.setattr(tune, "cold_copies", lambda *_: [None])
     monkeypatch.setattr(tune, "gpu_name", lambda device: "made up")
     monkeypatch.setattr(tune.torch, "randn", lambda *shape, **_: torch.zeros(shape))
     monkeypatch.setattr(tune.torch.cuda, "current_device", lambda: 0)
-    lines = list(tune.tune_file([(4096, 4096)], 0, [8, 32], path))
+    lines = list(tune.tune_file([(4096, 4096)], 3, 0, [8, 32], path))
     assert len(lines) == 2
-    list(tune.tune_file([(4096, 4096)], 0, [8], path))  # again: replaced, not repeated
+    list(tune.tune_file([(4096, 4096)], 3, 0, [8], path))  # again: replaced, not repeated
     assert len(json.loads(path.read_text())) == 2
-    assert schedule.read(path) == {"made up": {(4096, 4096, 0): {8: (4, 2), 32: (32, 64, 2, 1, 4)}}}
-    with pytest.raises(ScheduleError, match="residual bits"):
-        list(tune.tune_file([(4096, 4096)], 3, None, path))
+    assert schedule.read(path) == {"made up": {(4096, 4096, 3, 0): {8: (4, 2), 32: (32, 64, 2, 1, 4)}}}
+    with pytest.raises(ScheduleError, match="residuals of 0 to 4 bits"):
+        list(tune.tune_file([(4096, 4096)], 4, 5, None, path))
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

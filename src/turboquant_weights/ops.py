@@ -167,13 +167,15 @@ def _gradient_kernels() -> Callable[..., Tensor]:
     return _gradient_on_planes(linear_input_gradient)
 
 
-def tune_schedules(shapes: list[tuple[int, int]], residual_bits: int, tokens: list[int] | None, path: Path) -> Iterator[str]:
+def tune_schedules(
+    shapes: list[tuple[int, int]], bits: int, residual_bits: int, tokens: list[int] | None, path: Path
+) -> Iterator[str]:
     """Searches kernel schedules on the current GPU, adds them to the file and reports each in a line."""
     if not torch.cuda.is_available() or not has_triton():
         raise ScheduleError("tuning needs a GPU that this PyTorch can use, and Triton 3.6 or newer")
     from .kernels.tune import tune_file
 
-    yield from tune_file(shapes, residual_bits, tokens, path)
+    yield from tune_file(shapes, bits, residual_bits, tokens, path)
 
 
 def _linear_cuda(

@@ -390,11 +390,11 @@ def _bits(text: str, option: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or 0)
 
 
-@app.command(epilog="Example: turboquant-weights tune 37888x3584 4608x3584 --residual-bits 4 --out schedules.json")
+@app.command(epilog="Example: turboquant-weights tune 37888x3584 4608x3584 --bits 4+2 --out schedules.json")
 def tune(
     shapes: Annotated[list[str], typer.Argument(help="OUTxIN of the layers, e.g. 18944x3584.", show_default=False)],
     out: Annotated[Path, typer.Option(help="JSON file to write; what it holds already is kept.")] = Path("schedules.json"),
-    residual_bits: Annotated[int, typer.Option(help="0, 1, 2 or 4 beside 4 base bits.")] = 0,
+    bits: Annotated[str, typer.Option(help="Of the layers: base bits, or base+residual bits, e.g. 3 or 4+2.")] = "4",
     tokens: Annotated[list[int] | None, typer.Option(help="Of 1, 8, 16, 32, 64, 128, 256. [default: all]")] = None,
 ) -> None:
     """Search the fastest kernel schedules for layers of these SHAPES on this GPU.
@@ -407,7 +407,7 @@ def tune(
         if match is None or int(match[2]) % 128:
             raise ConfigError(f"{shape}: a shape is OUTxIN, e.g. 18944x3584, and IN a multiple of 128")
         sizes.append((int(match[1]), int(match[2])))
-    for line in ops.tune_schedules(sizes, residual_bits, tokens, out):
+    for line in ops.tune_schedules(sizes, *_bits(bits, "--bits"), tokens, out):
         print(line)
 
 

@@ -1,17 +1,21 @@
 """Decoding planes in registers: shared by the matmul and the dequantization.
 
-**Order of columns.** A thread loads 16 bytes of a row of ``codes``: the 32 columns of one scale. In a tile of 128 columns,
+**Order of columns.** A thread loads the 32 columns of one scale: as many 32-bit words of a plane as it has bits per column,
+widened in registers to four words of eight nibbles. In a tile of 128 columns,
 column ``t*32 + p*8 + h*4 + i0*2 + i1`` (thread ``t`` of 4, word ``p`` of 4, the rest inside a 32-bit word) takes place
 ``(p*2 + h)*16 + i1*8 + t*2 + i0`` of the contraction: the place at which that thread's registers sit in a tensor-core
 fragment. ``rotate.py`` writes activations in this order. Where activations, too, come straight from memory into registers
 (``slices.py``), a thread wants its own 32 columns in four loads of 16 bytes: order ``slice_column``.
 
-**Base plane of 4 bits.** Half-integer levels in half precision: ``prmt`` looks up the two bytes of four magnitudes at a
+**Base plane alone.** Half-integer levels in half precision: ``prmt`` looks up the two bytes of four magnitudes at a
 time, one more turns four sign bits into bytes, four join the bytes into half2 pairs, and a packed multiply applies the
-scale: 2.75 instructions per weight.
+scale: 2.75 instructions per weight at 4 bits.
 
-**4 + r bits.** The index of 5, 6 or 8 bits becomes a half by planting it into the mantissa of 1024; the codebook's odd
+**b + r bits.** The index of 3 to 8 bits becomes a half by planting it into the mantissa of 1024; the codebook's odd
 polynomial follows in packed FMAs, the arithmetic that defines the levels (codebook.py).
+
+**Other widths than 4.** Eight fields of ``w`` bits become nibbles in three steps that each move the upper half of every
+part up: 0.8 instructions per weight at 3 bits. No vector has three words, so a thread loads those one by one.
 
 The assembly is PTX and NVIDIA's only; :func:`decode_gather` is the portable path, correct for every pair of planes.
 """
@@ -28,7 +32,6 @@ import triton.language as tl
 from ..codebook import HALF_INTEGER_LEVELS, POLYNOMIALS
 
 TILE = 128  # columns per step of the contraction
-FAST = ((4, 0), (4, 1), (4, 2), (4, 4))  # (bits, residual bits) with an assembly decoder
 
 
 def physical_column(place: int) -> int:
@@ -64,22 +67,24 @@ def _bfloat_bits(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0] >> 16
 
 
-def _base_tables(to_bits: Callable[[float], int] = _half_bits) -> tuple[int, ...]:
-    """High bytes, low bytes of the eight magnitudes in half precision, and the byte of a sign: five signed 32-bit words."""
-    bits = [to_bits(c + 0.5) for c in HALF_INTEGER_LEVELS[4]]
-    high, low = bytes(b >> 8 for b in bits), bytes(b & 255 for b in bits)
+def _base_tables(bits: int, to_bits: Callable[[float], int] = _half_bits) -> tuple[int, ...]:
+    """High bytes, low bytes of the (at most eight) magnitudes in half precision, and the byte of a sign: five signed 32-bit
+    words."""
+    magnitudes = [to_bits(c + 0.5) for c in HALF_INTEGER_LEVELS[bits]]
+    high, low = bytes(m >> 8 for m in magnitudes), bytes(m & 255 for m in magnitudes)
     words = (high[:4], high[4:], low[:4], low[4:], b"\x80\0\0\0")
     return tuple(int.from_bytes(word, "little", signed=True) for word in words)
 
 
-# The assembly decodes two 32-bit words of eight 4-bit codes into eight half2 registers: of each word the weights (0,2),
-# (1,3), (4,6), (5,7), scaled. Operands, each for both words: $0-$7 results (early-clobber: they are written while operands
-# are still to be read), $8 $9 codes, then without a residual $10 the scale twice as half2 and $12 $14 $16 $18 $20 the
-# tables; with one $10 $11 the residual, 4 bits per column, and $12 the scale.
+# The assembly decodes two 32-bit words of eight codes in a nibble each into eight half2 registers: of each word the weights
+# (0,2), (1,3), (4,6), (5,7), scaled. Operands, each for both words: $0-$7 results (early-clobber: they are written while
+# operands are still to be read), $8 $9 codes, then without a residual $10 the scale twice as half2 and $12 $14 $16 $18 $20
+# the tables; with one $10 $11 the residual, 4 bits per column, and $12 the scale. Without a residual it does not matter what
+# a nibble has above its code.
 _BASE_WORD = """{{
     .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, a, b, c, d;
-    and.b32 t, ${word}, 0x88888888; shr.u32 u, t, 3; mul.lo.u32 v, u, 7;
-    lop3.b32 s, ${word}, v, 0x77777777, 0x82;  // index of the magnitude: the low three bits, flipped below zero
+    and.b32 t, ${word}, {sign}; shr.u32 u, t, {shift}; mul.lo.u32 v, u, {ones};
+    lop3.b32 s, ${word}, v, {magnitude}, 0x82;  // index of the magnitude: the bits below the sign, flipped below zero
     shr.u32 s2, s, 16; shr.u32 u2, u, 16;
     prmt.b32 h0, $12, $14, s; prmt.b32 l0, $16, $18, s;
     prmt.b32 h1, $12, $14, s2; prmt.b32 l1, $16, $18, s2;
@@ -92,18 +97,24 @@ _BASE_WORD = """{{
 """
 
 
-def _base_assembly() -> str:
+def _masks(bits: int) -> dict[str, object]:
+    """Of the sign and of what is below it, in each nibble."""
+    ones = (1 << (bits - 1)) - 1
+    return dict(sign=f"0x{0x11111111 << (bits - 1):08x}", shift=bits - 1, ones=ones, magnitude=f"0x{0x11111111 * ones:08x}")
+
+
+def _base_assembly(bits: int) -> str:
     words = (dict(word=8 + w, r0=4 * w, r1=4 * w + 1, r2=4 * w + 2, r3=4 * w + 3) for w in (0, 1))
-    return "".join(_BASE_WORD.format(**word) for word in words)
+    return "".join(_BASE_WORD.format(**word, **_masks(bits)) for word in words)
 
 
-def _nested_word(residual_bits: int, codes: str, rest: str) -> list[str]:
+def _nested_word(bits: int, residual_bits: int, codes: str, rest: str) -> list[str]:
     """The level pairs of the columns (0, 2), (1, 3), (4, 6), (5, 7) of a word in the registers y0 to y3."""
-    r, total = residual_bits, 4 + residual_bits
+    r, total = residual_bits, bits + residual_bits
     keep = f"0x{(0xF << r) * 0x01010101:08x}"
     offset = _pair(-(1024.0 + 2 ** (total - 1) - 1))
     step, half = _pair(2.0 ** -(total - 2)), _pair(-(2.0 ** -(total - 1)))
-    coefficients = [_pair(c) for c in POLYNOMIALS[4, r]]
+    coefficients = [_pair(c) for c in POLYNOMIALS[bits, r]]
     odd = f"mov.b32 o, {codes}" if r == 4 else f"shr.u32 o, {codes}, {4 - r}"
     lines = [
         ".reg .b32 e, o, f, g, x, q, y0, y1, y2, y3, offset, step, half;",
@@ -122,29 +133,40 @@ def _nested_word(residual_bits: int, codes: str, rest: str) -> list[str]:
     return lines
 
 
-def _nested_assembly(residual_bits: int) -> str:
+def _nested_assembly(bits: int, residual_bits: int) -> str:
     lines = []
     for word in (0, 1):
-        lines += ["{", *_nested_word(residual_bits, f"${8 + word}", f"${10 + word}")]
+        lines += ["{", *_nested_word(bits, residual_bits, f"${8 + word}", f"${10 + word}")]
         lines += [f"mul.rn.f16x2 ${4 * word + pair}, y{pair}, $12;" for pair in range(4)] + ["}"]
     return "\n".join(lines)
 
 
 @functools.cache
 def assembly(bits: int, residual_bits: int) -> str:
-    """PTX of the decoder of a pair of planes in ``FAST``; the empty string selects :func:`decode_gather`."""
-    if (bits, residual_bits) not in FAST:
-        return ""
-    return _nested_assembly(residual_bits) if residual_bits else _base_assembly()
+    """PTX of the decoder of a pair of planes, for two words of each, widened."""
+    return _nested_assembly(bits, residual_bits) if residual_bits else _base_assembly(bits)
+
+
+def _spread(bits: int, out: str, clean: bool) -> str:
+    """PTX: eight fields of 2 or 3 bits from the bottom of the register v on to the nibbles of ``out``; those of 2 bits are
+    already four and four in the halves of v. ``clean``: with zeros above each field."""
+    masks = ("0x0000ffff", "0x00ff00ff", "0x0f0f0f0f")
+    lines = []
+    for step in (1, 2) if bits == 2 else (0, 1, 2):
+        target = out if step == 2 else "v"
+        lines.append(f"shl.b32 w, v, {(4 - bits) << (2 - step)}; lop3.b32 {target}, v, w, {masks[step]}, 0xE4;")
+    if clean:
+        lines.append(f"and.b32 {out}, {out}, 0x{((1 << bits) - 1) * 0x11111111:08x};")
+    return " ".join(lines)
 
 
 # For the dequantization: the word of codes $4 -> $0-$3, its eight weights in bfloat16, in the order of the columns. $5 is
 # the factor in float32, $6 a further power of two, twice in bfloat16. Without a residual $7-$11 are the tables, in bfloat16:
 # 8 significant bits times the 6 of a scale, rounded once. With one $7 has the residual of the eight columns.
-_BFLOAT_BASE = """{
+_BFLOAT_BASE = """{{
     .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, f, zero;
-    and.b32 t, $4, 0x88888888; shr.u32 u, t, 3; mul.lo.u32 v, u, 7;
-    lop3.b32 s, $4, v, 0x77777777, 0x82;
+    and.b32 t, {codes}, {sign}; shr.u32 u, t, {shift}; mul.lo.u32 v, u, {ones};
+    lop3.b32 s, {codes}, v, {magnitude}, 0x82;
     shr.u32 s2, s, 16; shr.u32 u2, u, 16;
     prmt.b32 h0, $7, $8, s; prmt.b32 l0, $9, $10, s;
     prmt.b32 h1, $7, $8, s2; prmt.b32 l1, $9, $10, s2;
@@ -157,20 +179,36 @@ _BFLOAT_BASE = """{
     fma.rn.bf16x2 $2, $2, f, zero; fma.rn.bf16x2 $3, $3, f, zero;
     fma.rn.bf16x2 $0, $0, $6, zero; fma.rn.bf16x2 $1, $1, $6, zero;
     fma.rn.bf16x2 $2, $2, $6, zero; fma.rn.bf16x2 $3, $3, $6, zero;
-}"""
+}}"""
 # Widening the residual of eight columns to 4 bits each.
 _WIDEN = {
     1: "shl.b32 w, $7, 12; or.b32 r, $7, w; and.b32 r, r, 0x000f000f; shl.b32 w, r, 6; or.b32 r, r, w;"
     " and.b32 r, r, 0x03030303; shl.b32 w, r, 3; or.b32 r, r, w; and.b32 r, r, 0x11111111;",
     2: "shl.b32 w, $7, 8; or.b32 r, $7, w; and.b32 r, r, 0x00ff00ff; shl.b32 w, r, 4; or.b32 r, r, w;"
     " and.b32 r, r, 0x0f0f0f0f; shl.b32 w, r, 2; or.b32 r, r, w; and.b32 r, r, 0x33333333;",
+    3: "mov.b32 v, $7; " + _spread(3, "r", clean=True),
     4: "mov.b32 r, $7;",
 }
 
 
-def _bfloat_nested(residual_bits: int) -> str:
-    lines = ["{ .reg .b32 r, w, zero; .reg .b16 low, high; .reg .f32 a, b, c, d;", _WIDEN[residual_bits]]
-    lines += [*_nested_word(residual_bits, "$4", "r"), "mov.b32 zero, 0x80008000;"]
+def _widened_codes(bits: int, clean: bool) -> tuple[str, list[str]]:
+    """The register that has eight codes in nibbles, and the PTX that puts them there from $4."""
+    if bits == 4:
+        return "$4", []
+    halves = "prmt.b32 v, $4, 0, 0x4140;" if bits == 2 else "mov.b32 v, $4;"
+    return "n", [f"{halves} {_spread(bits, 'n', clean)}"]
+
+
+def _bfloat_base(bits: int) -> str:
+    codes, lines = _widened_codes(bits, clean=False)
+    base = _BFLOAT_BASE.format(codes=codes, **_masks(bits))
+    return "\n".join(["{ .reg .b32 n, v, w;", *lines, base, "}"]) if lines else base
+
+
+def _bfloat_nested(bits: int, residual_bits: int) -> str:
+    codes, widening = _widened_codes(bits, clean=True)
+    lines = ["{ .reg .b32 n, r, v, w, zero; .reg .b16 low, high; .reg .f32 a, b, c, d;", _WIDEN[residual_bits], *widening]
+    lines += [*_nested_word(bits, residual_bits, codes, "r"), "mov.b32 zero, 0x80008000;"]
     for i in (0, 1):
         for pair, (first, second) in enumerate((("a", "c"), ("b", "d"))):
             lines.append(f"mov.b32 {{low, high}}, y{2 * i + pair}; cvt.f32.f16 {first}, low; cvt.f32.f16 {second}, high;")
@@ -182,13 +220,11 @@ def _bfloat_nested(residual_bits: int) -> str:
 
 @functools.cache
 def bfloat_assembly(bits: int, residual_bits: int) -> str:
-    """PTX for ``dequantize_words_kernel``, for the same planes as :func:`assembly`."""
-    if (bits, residual_bits) not in FAST:
-        return ""
-    return _bfloat_nested(residual_bits) if residual_bits else _BFLOAT_BASE
+    """PTX for ``dequantize_words_kernel``, which hands over the bits of eight columns as they are stored."""
+    return _bfloat_nested(bits, residual_bits) if residual_bits else _bfloat_base(bits)
 
 
-# Widening a residual plane to 4 bits per column. Two bits: the 16 columns of a word become two words.
+# Widening a plane to 4 bits per column. Two bits: the 16 columns of a word become two words.
 _WIDEN_2 = tl.constexpr(
     "{ .reg .b32 v, w;"
     + "".join(
@@ -212,6 +248,31 @@ _WIDEN_1 = tl.constexpr(
     )
     + "}"
 )
+
+
+def _widen_2() -> str:
+    """As above, for codes that need no zeros above them: a byte lookup takes the place of the first step."""
+    halves = (
+        f"prmt.b32 v, $2, 0, {pick}; {_spread(2, f'${i}', clean=False)}" for i, pick in enumerate(("0x4140", "0x4342"))
+    )
+    return " ".join(["{ .reg .b32 v, w;", *halves, "}"])
+
+
+def widen_3(a: str, b: str, c: str, clean: bool) -> str:
+    """Three bits: each 24 bits of the words ``a``, ``b`` and ``c`` become a word, in $0 to $3; v and w are registers."""
+    windows = (
+        f"mov.b32 v, {a};",
+        f"shf.r.wrap.b32 v, {a}, {b}, 24;",
+        f"shf.r.wrap.b32 v, {b}, {c}, 16;",
+        f"shr.u32 v, {c}, 8;",
+    )
+    return " ".join(f"{window} {_spread(3, f'${i}', clean)}" for i, window in enumerate(windows))
+
+
+_WIDEN_2_LOOSELY = tl.constexpr(_widen_2())
+_WIDEN_3, _WIDEN_3_LOOSELY = (
+    tl.constexpr(f"{{ .reg .b32 v, w; {widen_3('$4', '$5', '$6', clean)} }}") for clean in (True, False)
+)
 # A scale byte is a half-precision number shifted right by 5, times 2**-12: $2 selects it, twice.
 _SCALE = tl.constexpr(
     "{ .reg .b32 t, c; mov.b32 c, 0x6c006c00; prmt.b32 t, $1, 0, $2; shl.b32 t, t, 5; mul.rn.f16x2 $0, t, c; }"
@@ -221,8 +282,15 @@ _BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 14)
 _NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 6)
 _BFLOAT_BASE_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 8)
 _BFLOAT_NESTED_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 4)
-_H0, _H1, _L0, _L1, _SIGN = (tl.constexpr(word) for word in _base_tables())
-_BH0, _BH1, _BL0, _BL1, _ = (tl.constexpr(word) for word in _base_tables(_bfloat_bits))
+
+
+def _by_bits(to_bits: Callable[[float], int]) -> list[tl.constexpr]:
+    tables = (_base_tables(max(bits, 2), to_bits) for bits in range(5))
+    return [tl.constexpr(words) for words in zip(*tables, strict=True)]
+
+
+_H0, _H1, _L0, _L1, _SIGN = _by_bits(_half_bits)
+_BH0, _BH1, _BL0, _BL1, _ = _by_bits(_bfloat_bits)
 
 
 @triton.jit
@@ -235,19 +303,27 @@ def register(WORD: tl.constexpr):
 
 
 @triton.jit
-def tables(RESIDUAL_BITS: tl.constexpr):
+def tables(BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
     """Operands of the base decoder, to be made once per program."""
-    if RESIDUAL_BITS == 0:
-        words = (register(_H0), register(_H1), register(_L0), register(_L1), register(_SIGN))
-    else:
+    if RESIDUAL_BITS > 0:
         words = (0, 0, 0, 0, 0)
+    elif BITS == 4:
+        words = (register(_H0[4]), register(_H1[4]), register(_L0[4]), register(_L1[4]), register(_SIGN[4]))
+    else:  # no index reaches the second half of a table
+        high, low = register(_H0[BITS]), register(_L0[BITS])
+        words = (high, high, low, low, register(_SIGN[BITS]))
     return words
 
 
 @triton.jit
-def bfloat_tables():
+def bfloat_tables(BITS: tl.constexpr):
     """Operands of :func:`bfloat_assembly` without a residual."""
-    return register(_BH0), register(_BH1), register(_BL0), register(_BL1), register(_SIGN)
+    if BITS == 4:
+        words = (register(_BH0[4]), register(_BH1[4]), register(_BL0[4]), register(_BL1[4]), register(_SIGN[4]))
+    else:
+        high, low = register(_BH0[BITS]), register(_BL0[BITS])
+        words = (high, high, low, low, register(_SIGN[BITS]))
+    return words
 
 
 @triton.jit
@@ -259,12 +335,45 @@ def scale_pairs(scale, pick):
 
 
 @triton.jit
-def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
-    """int32 [ROWS, THREADS * RESIDUAL_BITS] -> 4 bits per column, int32 [ROWS, THREADS * 4]; as it is without a residual."""
-    if RESIDUAL_BITS == 2:
-        w0, w1 = tl.inline_asm_elementwise(_WIDEN_2, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+def stride_in_words(stride, BITS: tl.constexpr, ALIGNED: tl.constexpr):
+    """From row to row of a plane, in words. Unless the compiler knows it to be a multiple of 16 bytes (``ALIGNED``), it is
+    so written that the compiler sees that a thread's words lie together."""
+    return stride // 4 if ALIGNED else stride // (4 * BITS) * BITS
+
+
+@triton.jit
+def load_words(address, mask, other, BITS: tl.constexpr, ONCE: tl.constexpr = True):
+    """The words of 32 columns of a plane for each thread. Elements of ``address`` are all of them, of 3 bits the first ones,
+    and then it has one dimension: of two, neither contiguous, Triton would choose which one the threads of a warp lie along.
+    ``ONCE``: nothing else is to leave the caches for them."""
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
+    if BITS == 3:
+        words = (
+            tl.load(address, mask=mask, other=other, eviction_policy=POLICY),
+            tl.load(address + 1, mask=mask, other=other, eviction_policy=POLICY),
+            tl.load(address + 2, mask=mask, other=other, eviction_policy=POLICY),
+        )
+    else:
+        words = tl.load(address, mask=mask, other=other, eviction_policy=POLICY)
+    return words
+
+
+@triton.jit
+def widen(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, BITS: tl.constexpr, CLEAN: tl.constexpr):
+    """int32 [ROWS, THREADS * BITS], of 3 bits three times [ROWS * THREADS] -> 4 bits per column, int32 [ROWS, THREADS * 4].
+    Unless CLEAN, anything may stand above a field."""
+    if BITS == 3:
+        ASSEMBLY: tl.constexpr = _WIDEN_3 if CLEAN else _WIDEN_3_LOOSELY
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r", [packed[0], packed[1], packed[2]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, THREADS * 4)
+    elif BITS == 2:
+        ASSEMBLY: tl.constexpr = _WIDEN_2 if CLEAN else _WIDEN_2_LOOSELY
+        w0, w1 = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
         words = tl.join(w0, w1).reshape(ROWS, THREADS * 4)
-    elif RESIDUAL_BITS == 1:
+    elif BITS == 1:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             _WIDEN_1, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
@@ -277,23 +386,24 @@ def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_B
 @triton.jit
 def decode_words(
     codes, residual, pairs, words, ROWS: tl.constexpr, THREADS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Codes int32 [ROWS, THREADS * 4], raw residual, :func:`scale_pairs` [ROWS, THREADS], :func:`tables` -> half
+    """Both planes as :func:`widen` takes them, :func:`scale_pairs` [ROWS, THREADS], :func:`tables` -> half
     [ROWS, THREADS * 4, 2, 2, 2].
 
     Dimensions: row, (thread, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
     """
     pairs = tl.broadcast_to(tl.expand_dims(pairs, 2), (ROWS, THREADS, 4)).reshape(ROWS, THREADS * 4)
+    codes = widen(codes, ROWS, THREADS, BITS, RESIDUAL_BITS > 0)
     refined = codes
     if RESIDUAL_BITS > 0:
-        refined = widen_residual(residual, ROWS, THREADS, RESIDUAL_BITS)
+        refined = widen(residual, ROWS, THREADS, RESIDUAL_BITS, True)
     return decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
 
 
 @triton.jit
 def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """:func:`decode_words` for any share of a thread's words, with a residual of 4 bits per column and a scale per word."""
+    """:func:`decode_words` for any share of a thread's words, with 4 bits per column in both planes and a scale per word."""
     if RESIDUAL_BITS == 0:
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASSEMBLY, _BASE_CONSTRAINTS, [codes, pairs, words[0], words[1], words[2], words[3], words[4]],
@@ -310,8 +420,8 @@ def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEM
 
 @triton.jit
 def decode_bfloat(codes, rest, times, after, words, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Words of eight codes, their residual, the factors of :func:`bfloat_assembly`, :func:`bfloat_tables` -> four words each
-    of two bfloat16 numbers, in the order of the columns."""
+    """The bits of eight codes, of their residual, the factors of :func:`bfloat_assembly`, :func:`bfloat_tables` -> four
+    words each of two bfloat16 numbers, in the order of the columns."""
     if RESIDUAL_BITS == 0:
         a, b, c, d = tl.inline_asm_elementwise(
             ASSEMBLY, _BFLOAT_BASE_CONSTRAINTS, [codes, times, after, words[0], words[1], words[2], words[3], words[4]],

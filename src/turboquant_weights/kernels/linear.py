@@ -52,6 +52,7 @@ if _IS_KNOWN_LAUNCHER:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SCRATCH_BYTES = 1 << 30
+_GATHERED = 32  # tokens above which planes without an assembly decoder are dequantized for cuBLAS (H100)
 _MAPS = 4096  # tensor maps that a layer's launches remember
 
 
@@ -73,10 +74,14 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _in_words(codes: int, residual: int, scales: int, code_stride: int, residual_stride: int, residual_bits: int) -> bool:
-    """Whether assembly can read planes at these addresses, with these bytes from row to row: it loads 16 bytes of a plane
-    and 4 scales at a time, and a view that the user cut out of bytes may start anywhere (it takes the portable path)."""
-    return (codes | residual | scales << 2 | code_stride) & 15 == 0 and residual_stride % (4 * (residual_bits or 4)) == 0
+def _in_words(
+    codes: int, residual: int, scales: int, code_stride: int, residual_stride: int, bits: int, residual_bits: int
+) -> bool:
+    """Whether assembly can read planes at these addresses, with these bytes from row to row: it loads up to 16 bytes of a
+    plane and 4 scales at a time, and a view that the user cut out of bytes may start anywhere (it takes the portable path).
+    """
+    at = codes | residual | scales << 2
+    return at & 15 == 0 and code_stride % (4 * bits) == 0 and residual_stride % (4 * (residual_bits or bits)) == 0
 
 
 def _with_unit_steps(packed: PackedWeight, bias: Tensor | None) -> tuple[PackedWeight, Tensor | None]:
@@ -109,32 +114,29 @@ def _check_devices(x: Tensor, packed: PackedWeight, other: Tensor | None, name: 
     )
 
 
-def has_warp_groups(device: torch.device, residual_bits: int, columns: int) -> bool:
-    """Whether ``streamk_kernel`` runs on a GPU and can serve contiguous planes of 4 + ``residual_bits`` bits."""
-    runs = streamk_kernel is not None and _capability(device) == 90
-    return runs and columns % TILE == 0 and assembly(4, residual_bits) != ""
+def has_warp_groups(device: torch.device, columns: int) -> bool:
+    """Whether ``streamk_kernel`` runs on a GPU and can serve contiguous planes."""
+    return streamk_kernel is not None and _capability(device) == 90 and columns % TILE == 0
 
 
-@functools.lru_cache(maxsize=8192)
-def _streams(
-    device: torch.device, bits: int, residual_bits: int, groups: int, words: bool, strides: tuple[int, int, int]
-) -> bool:
+def _streams(device: torch.device, groups: int, words: bool, strides: tuple[int, int, int]) -> bool:
     """Whether ``streamk_kernel`` can serve a layer: the copy engine wants rows of codes at multiples of 16 bytes."""
     aligned = words and (strides[0] | strides[1] | strides[2] << 2) % 16 == 0
-    return bits == 4 and aligned and has_warp_groups(device, residual_bits, groups * SCALE_BLOCK)
+    return aligned and has_warp_groups(device, groups * SCALE_BLOCK)
 
 
 def _goes_through_scratch(tokens: int, packed: PackedWeight, bits: int, residual_bits: int) -> bool:
     codes, residual, scales, _ = packed
     rows, groups = scales.shape
     columns = groups * SCALE_BLOCK
-    if tokens <= crossover(bits, residual_bits, rows, columns):
+    if tokens <= _GATHERED:
         return False
     rest = codes if residual is None else residual
     strides = codes.stride(0), rest.stride(0), scales.stride(0)
-    words = _in_words(codes.data_ptr(), _address(residual), scales.data_ptr(), *strides[:2], residual_bits)
-    streams = _streams(codes.device, bits, residual_bits, groups, words, strides)
-    return tokens > crossover(bits, residual_bits, rows, columns, streams)
+    words = _in_words(codes.data_ptr(), _address(residual), scales.data_ptr(), *strides[:2], bits, residual_bits)
+    if not words or _capability(codes.device) < 80:
+        return True
+    return tokens > crossover(residual_bits, rows, columns, _streams(codes.device, groups, words, strides))
 
 
 def _on_device_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -350,9 +352,9 @@ def _plan(
     """``words``: assembly can read the planes. ``schedule`` is None to let the table decide."""
     decoder = assembly(bits, residual_bits) if words and _capability(device) >= 80 else ""
     if schedule is None:
-        streams = _streams(device, bits, residual_bits, groups, words, strides)
+        streams = _streams(device, groups, words, strides)
         columns = groups * SCALE_BLOCK
-        schedule = choose(gpu_name(device), tokens, rows, columns, residual_bits if decoder else None, streams)
+        schedule = choose(gpu_name(device), tokens, rows, columns, bits, residual_bits if decoder else None, streams)
     tiles = -(-groups // 4)
     block = rotation_block(in_features, group_size)
     pdl = _capability(device) >= 90
@@ -363,7 +365,7 @@ def _plan(
         constants: tuple[Tensor, ...] = (sign, outer_matrix(block, device, dtype))
         sizes: tuple[int, ...] = (rows, in_features, groups, *strides)
         tail = in_features != groups * SCALE_BLOCK or groups % 4 != 0 or tiles % (2 * schedule.warps) != 0
-        constexprs = (residual_bits, decoder, has_bias, tail, SLICE_ROWS, schedule.warps, pdl)
+        constexprs = (bits, residual_bits, decoder, has_bias, tail, SLICE_ROWS, schedule.warps, pdl)
         grid = (-(-rows // SLICE_ROWS), 1, 1)
         return _Plan(
             product=_Launch(rotating_kernel, grid, (*sizes, block**-0.5, *constexprs), schedule.warps, pdl),
@@ -380,7 +382,7 @@ def _plan(
     if isinstance(schedule, Integer):
         assert tokens == 1
         assert decoder
-        assert not residual_bits
+        assert (bits, residual_bits) == (4, 0)
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
         order = NATURAL
@@ -396,7 +398,7 @@ def _plan(
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
         order = SLICES
         arguments = (
-            *(*sizes, split, residual_bits, decoder, has_bias, tail),
+            *(*sizes, split, bits, residual_bits, decoder, has_bias, tail),
             *(SLICE_ROWS, schedule.warps, split > 1, pdl),
         )
         product = _Launch(slices_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
@@ -409,16 +411,16 @@ def _plan(
         share = schedule.share(row_tiles * token_tiles, steps, _multiprocessors(device))
         programs = -(-units // share)
         order = SPLITK
-        width = residual_bits or 4
+        rest = residual_bits or bits
         tile = schedule.block_m, schedule.groups
         matrices = {
             0: _Matrix(torch.float16, tokens, tiles * TILE, tiles * TILE, *x_block(schedule.block_m)),
-            2: _Matrix(torch.int32, rows, tiles * 16, strides[0] // 4, *plane_block(*tile, 4)),
-            3: _Matrix(torch.int32, rows, tiles * 4 * width, strides[1] // 4, *plane_block(*tile, width)),
+            2: _Matrix(torch.int32, rows, tiles * 4 * bits, strides[0] // 4, *plane_block(*tile, bits)),
+            3: _Matrix(torch.int32, rows, tiles * 4 * rest, strides[1] // 4, *plane_block(*tile, rest)),
         }
         arguments = (
             *(tokens, rows, steps, token_tiles, strides[2], share, units),
-            *(*schedule, residual_bits, has_bias, pdl),
+            *(*schedule, bits, residual_bits, has_bias, pdl),
         )
         product = _MappedLaunch(streamk_kernel, (programs, 1, 1), arguments, 4, pdl, registers(*tile), matrices=matrices)
         slots, part = row_tiles * token_tiles * schedule.groups, 64 * schedule.block_m
@@ -486,7 +488,7 @@ def fused(
     plan = _plan(
         x.device, x.dtype, None if bias is None else bias.dtype, x.numel() // in_features, stride,
         rows, groups, (codes.stride(0), rest.stride(0), scales.stride(0)), in_features, bits, residual_bits, group_size,
-        seed, _in_words(at_codes, at_residual, at_scales, codes.stride(0), rest.stride(0), residual_bits), schedule,
+        seed, _in_words(at_codes, at_residual, at_scales, codes.stride(0), rest.stride(0), bits, residual_bits), schedule,
     )  # fmt: skip
     product, rotation = plan.product, plan.rotation
     aligned = (at_codes | at_residual | at_scales | at_x | at_exponents | at_bias | at_out) & 15 == 0
@@ -534,10 +536,9 @@ def is_routed_at_once(
     able = (
         x.dtype in (torch.float16, torch.bfloat16)
         and _capability(x.device) >= 80
-        and assembly(bits, residual_bits) != ""
-        and codes.stride(0) % 16 == 0
+        and codes.stride(0) % (4 * bits) == 0
         and (residual is None or residual.stride(0) % (4 * residual_bits) == 0)
-        and _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(1), rest.stride(1), residual_bits)
+        and _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(1), rest.stride(1), bits, residual_bits)
     )
     if not able:
         return False
@@ -572,7 +573,7 @@ def _routed_plan(
     tail = in_features != groups * SCALE_BLOCK or tiles % (2 * warps) != 0 or groups % 4 != 0
     arguments = (
         *(count, x_stride, rows, in_features, groups, *strides, block**-0.5, *apart),
-        *(residual_bits, assembly(bits, residual_bits), tail, SLICE_ROWS, warps, pdl),
+        *(bits, residual_bits, assembly(bits, residual_bits), tail, SLICE_ROWS, warps, pdl),
     )
     constants = tile_signs(seed, tiles, device, dtype), outer_matrix(block, device, dtype)
     return _Plan(
@@ -630,7 +631,7 @@ def dequantize_rotated(packed: PackedWeight, bits: int, residual_bits: int, dtyp
     rows, groups = scales.shape
     rest = codes if residual is None else residual
     out = torch.empty((rows, groups * SCALE_BLOCK), dtype=dtype, device=codes.device)
-    aligned = _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(0), rest.stride(0), residual_bits)
+    aligned = _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(0), rest.stride(0), bits, residual_bits)
     words = _capability(codes.device) >= 80 and aligned
     strides = codes.stride(0), rest.stride(0), scales.stride(0), out.stride(0)
     decoder = bfloat_assembly(bits, residual_bits) if words and dtype == torch.bfloat16 else ""
@@ -638,7 +639,7 @@ def dequantize_rotated(packed: PackedWeight, bits: int, residual_bits: int, dtyp
         units = min(8, triton.next_power_of_2(-(-groups // 16)))
         dequantize_words_kernel[(-(-rows // 4), -(-groups // (16 * units)))](
             codes, rest, scales, exponents, out, rows, groups, *strides,
-            RESIDUAL_BITS=residual_bits, ASSEMBLY=decoder, UNITS=units, num_warps=8, **_dependent(pdl),
+            BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decoder, UNITS=units, num_warps=8, **_dependent(pdl),
         )  # fmt: skip
         return out
     # Assembly rounds level * scale to half precision: too coarse for float32.
@@ -681,6 +682,8 @@ def _dependent(pdl: bool) -> dict[str, bool]:
 def _row_parts(packed: PackedWeight, bytes_per_row: int) -> Iterator[tuple[slice, PackedWeight]]:
     """All rows at once, or, for output heads of the largest models, parts whose dense form fits the scratch memory."""
     rows, step = packed.scales.shape[0], max(1, _SCRATCH_BYTES // bytes_per_row)
+    if step > 4:  # four rows of any plane are a multiple of 16 bytes, at which assembly wants a plane to begin
+        step -= step % 4
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         whole = step >= rows

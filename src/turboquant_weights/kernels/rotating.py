@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_words, power_of_two, scale_pairs, tables
+from .decode import decode_words, power_of_two, scale_pairs, stride_in_words, tables
 from .nvidia import launch_dependents, prefetch, wait_for_producer
-from .slices import fetch
+from .slices import fetch, locate
 
 
 @triton.jit
@@ -57,10 +57,13 @@ def _expand(z, flips, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _weight(fetched, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _weight(
+    fetched, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     codes, rest, scale = fetched
     weight = decode_words(
-        codes, rest, scale_pairs(scale.to(tl.int32), 0), words, OCTETS, WARPS * 32, RESIDUAL_BITS, ASSEMBLY
+        codes, rest, scale_pairs(scale.to(tl.int32), 0), words, OCTETS, WARPS * 32, BITS, RESIDUAL_BITS, ASSEMBLY
     )
     # dims: 16 rows, b1, warp, g, t, p1, i0, p0, h, i1 -> warp, rows (16 rows, b1, g), columns (p, h, t, i1, i0)
     weight = weight.reshape(OCTETS // 2, 2, WARPS, 8, 4, 2, 2, 2, 2, 2).trans(2, 0, 1, 3, 5, 7, 8, 4, 9, 6)
@@ -71,31 +74,23 @@ def _weight(fetched, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, RESIDUAL_
 def _product(
     x, sign, matrix, codes, residual, scales, exponents, tile_n,
     rows, columns, groups, code_stride, residual_stride, scale_stride, norm,
-    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """[ROWS] float32: the rows of tile ``tile_n`` times ``x``. WAIT: ``x`` may not be there yet."""
     THREADS: tl.constexpr = WARPS * 32
     OCTETS: tl.constexpr = ROWS // 8
-    WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)  # of the residual, per thread
+    REST: tl.constexpr = max(RESIDUAL_BITS, 1)
     turns = tl.cdiv(tl.cdiv(groups, 4), WARPS)
-    words = tables(RESIDUAL_BITS)
-    # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
-    octet = tl.arange(0, OCTETS)[:, None] * 8 + tile_n * ROWS
-    word = tl.arange(0, THREADS * 4)
-    thread = tl.arange(0, THREADS)
-    rest = tl.arange(0, THREADS * WORDS)
-    code_row = tl.minimum(octet + ((word // 16) % 8)[None, :], rows - 1).to(tl.int64)
-    rest_row = tl.minimum(octet + ((rest // (4 * WORDS)) % 8)[None, :], rows - 1).to(tl.int64)
-    scale_row = tl.minimum(octet + ((thread // 4) % 8)[None, :], rows - 1).to(tl.int64)
-    code_group = (word // 128) * 4 + (word // 4) % 4
-    rest_group = (rest // (32 * WORDS)) * 4 + (rest // WORDS) % 4
+    words = tables(BITS, RESIDUAL_BITS)
+    first_row = tile_n * ROWS
+    code_address, code_group = locate(codes, 0, first_row, rows, code_stride, OCTETS, THREADS, BITS, BITS == 4)
+    rest_address, rest_group = locate(residual, 0, first_row, rows, residual_stride, OCTETS, THREADS, REST, False)
+    thread = tl.arange(0, THREADS)[None, :]
+    scale_row = tl.minimum(tl.arange(0, OCTETS)[:, None] * 8 + first_row + (thread // 4) % 8, rows - 1).to(tl.int64)
     scale_group = (thread // 32) * 4 + thread % 4
     group = code_group, rest_group, scale_group
-    code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4) + (code_group * 4 + word % 4)[None, :]
-    rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // (4 * WORDS) * WORDS)
-    rest_address += (rest_group * WORDS + rest % WORDS)[None, :]
-    scale_address = scales + scale_row * scale_stride + scale_group[None, :]
+    scale_address = scales + scale_row * scale_stride + scale_group
     # Activations of two tiles: thread (warp, g, t) loads 4 neighbours of each.
     item = tl.arange(0, THREADS * 4)
     tile_column = (item // 128) * 128 + ((item // 4) % 4) * 32 + ((item // 16) % 8) * 4 + item % 4
@@ -114,29 +109,29 @@ def _product(
     if WAIT:
         wait_for_producer()
     limit = groups
-    even = fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+    even = fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, BITS, RESIDUAL_BITS, TAIL)
     odd = even
     if turns > 1:
-        odd = fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+        odd = fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, BITS, RESIDUAL_BITS, TAIL)
     values = _load_pair(x_address, pair_column, columns, 0, WARPS * 2, TAIL)
     signs = _load_pair(sign_address, pair_column, columns, 0, WARPS * 2, TAIL)
     acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
     for turn in range(0, turns, 2):
         z_even, z_odd, exponent = _rotate(values * signs, outer, WARPS)
         product = tl.zeros((WARPS, ROWS, 8), tl.float32)
-        weight = _weight(even, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
+        weight = _weight(even, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY)
         product = tl.dot(weight, _expand(z_even, flips, WARPS), product)
         if turn + 2 < turns:
             even = fetch(
-                code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, RESIDUAL_BITS, WORDS, TAIL
+                code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, BITS, RESIDUAL_BITS, TAIL
             )
             values = _load_pair(x_address, pair_column, columns, turn // 2 + 1, WARPS * 2, TAIL)
             signs = _load_pair(sign_address, pair_column, columns, turn // 2 + 1, WARPS * 2, TAIL)
-        weight = _weight(odd, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
+        weight = _weight(odd, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY)
         product = tl.dot(weight, _expand(z_odd, flips, WARPS), product)
         if turn + 3 < turns:
             odd = fetch(
-                code_address, rest_address, scale_address, group, limit, turn + 3, THREADS, RESIDUAL_BITS, WORDS, TAIL
+                code_address, rest_address, scale_address, group, limit, turn + 3, THREADS, BITS, RESIDUAL_BITS, TAIL
             )
         # In two halves: 2**(127 - 46) would leave no room for the weights' own magnitude, 2**-156 is no float32.
         down = exponent - 46
@@ -156,7 +151,7 @@ def _product(
 def rotating_kernel(
     x, sign, matrix, codes, residual, scales, exponents, bias, out,
     rows, columns, groups, code_stride, residual_stride, scale_stride, norm,
-    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile). ``x`` [columns] half or bfloat16; ``sign`` [columns, padded to whole tiles] and ``matrix``
@@ -170,7 +165,7 @@ def rotating_kernel(
     total = _product(
         x, sign, matrix, codes, residual, scales, exponents, tile_n,
         rows, columns, groups, code_stride, residual_stride, scale_stride, norm,
-        RESIDUAL_BITS, ASSEMBLY, TAIL, ROWS, WARPS, PDL, PDL,
+        BITS, RESIDUAL_BITS, ASSEMBLY, TAIL, ROWS, WARPS, PDL, PDL,
     )  # fmt: skip
     row = tile_n * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS:
@@ -183,7 +178,7 @@ def routed_kernel(
     x, experts, sign, matrix, codes, residual, scales, exponents, out,
     count, x_stride, rows, columns, groups, code_stride, residual_stride, scale_stride, norm,
     codes_apart, residual_apart, scales_apart, exponents_apart,
-    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, token): ``out[i] = x[i] W[experts[i]]^T`` for a stack of ``count`` matrices, whose planes are
@@ -194,14 +189,17 @@ def routed_kernel(
         wait_for_producer()
     expert = tl.load(experts + token).to(tl.int64)
     which = tl.minimum(tl.maximum(expert, 0), count - 1)
-    # So written that the compiler sees that a thread's words of the residual lie together.
-    WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)
-    rest = residual.to(tl.pointer_type(tl.int32)) + which * (residual_apart // (4 * WORDS) * WORDS)
+    REST: tl.constexpr = max(RESIDUAL_BITS, 1)
+    rest = residual.to(tl.pointer_type(tl.int32)) + which * stride_in_words(residual_apart, REST, False)
+    if BITS == 4:
+        plane = codes + which * codes_apart
+    else:
+        plane = codes.to(tl.pointer_type(tl.int32)) + which * stride_in_words(codes_apart, BITS, False)
     total = _product(
-        x + token * x_stride, sign, matrix, codes + which * codes_apart, rest,
+        x + token * x_stride, sign, matrix, plane, rest,
         scales + which * scales_apart, exponents + which * exponents_apart, tile_n,
         rows, columns, groups, code_stride, residual_stride, scale_stride, norm,
-        RESIDUAL_BITS, ASSEMBLY, TAIL, ROWS, WARPS, False, PDL,
+        BITS, RESIDUAL_BITS, ASSEMBLY, TAIL, ROWS, WARPS, False, PDL,
     )  # fmt: skip
     row = tile_n * ROWS + tl.arange(0, ROWS)
     total = tl.where((expert >= 0) & (expert < count), total, 0.0)

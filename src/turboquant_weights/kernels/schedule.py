@@ -33,8 +33,8 @@ class Slices(NamedTuple):
 
 
 class Integer(NamedTuple):
-    """``integer.py``: one token, no residual, ``rows`` rows per program, ``warps * split`` slices of the columns, ``ahead``
-    tiles of each warp in flight."""
+    """``integer.py``: one token, 4 bits, no residual, ``rows`` rows per program, ``warps * split`` slices of the columns,
+    ``ahead`` tiles of each warp in flight."""
 
     rows: int
     warps: int
@@ -117,10 +117,11 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROTATION_PROGRAMS = 264  # two per multiprocessor
 # Token counts at which the table has entries; a batch takes the next larger one.
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
-# GPU -> (rows, columns, residual bits) -> tokens -> the schedule with as many fields.
-_TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
+Layer = tuple[int, int, int, int]  # rows, columns, bits, residual bits
+# GPU -> layer -> tokens -> the schedule with as many fields.
+_TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
     "NVIDIA H100 80GB HBM3": {
-        (4096, 4096, 0): {
+        (4096, 4096, 4, 0): {
             1: (8,),
             8: (16, 64, 8, 1, 4),
             16: (16, 64, 8, 1, 4),
@@ -129,7 +130,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (64, 2, 2),
             256: (128, 2, 3),
         },
-        (4096, 4096, 4): {
+        (4096, 4096, 4, 4): {
             1: (8,),
             8: (8, 1),
             16: (16, 64, 8, 1, 4),
@@ -138,7 +139,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 64, 4, 3, 4),
             256: (128, 2, 3),
         },
-        (18944, 3584, 0): {
+        (18944, 3584, 4, 0): {
             1: (16, 2, 1, 2),
             8: (4, 1),
             16: (16, 64, 4, 1, 4),
@@ -147,7 +148,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 2, 4),
             256: (256, 2, 3),
         },
-        (18944, 3584, 4): {
+        (18944, 3584, 4, 4): {
             1: (2,),
             8: (4, 1),
             16: (16, 64, 3, 1, 4),
@@ -156,7 +157,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 2, 2),
             256: (256, 2, 2),
         },
-        (3584, 18944, 0): {
+        (3584, 18944, 4, 0): {
             1: (32, 4, 4, 2),
             8: (16, 64, 12, 1, 4),
             16: (16, 2, 4),
@@ -165,7 +166,7 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 2, 3),
             256: (128, 2, 3),
         },
-        (3584, 18944, 4): {
+        (3584, 18944, 4, 4): {
             1: (8, 1),
             8: (4, 4),
             16: (16, 2, 4),
@@ -174,10 +175,10 @@ _TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
             128: (128, 2, 3),
             256: (256, 2, 2),
         },
-        (8192, 8192, 0): {1: (32, 2, 4, 2), 64: (64, 2, 3), 128: (128, 2, 4)},
-        (8192, 8192, 4): {64: (64, 2, 3), 128: (128, 2, 3)},
-        (10240, 8192, 0): {1: (16, 4, 1, 2)},
-        (8192, 29568, 0): {1: (32, 4, 2, 2)},
+        (8192, 8192, 4, 0): {1: (32, 2, 4, 2), 64: (64, 2, 3), 128: (128, 2, 4)},
+        (8192, 8192, 4, 4): {64: (64, 2, 3), 128: (128, 2, 3)},
+        (10240, 8192, 4, 0): {1: (16, 4, 1, 2)},
+        (8192, 29568, 4, 0): {1: (32, 4, 2, 2)},
     },
 }
 
@@ -191,21 +192,21 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]]:
-    """A file of ``tune``: a list of objects with the keys gpu, rows, columns, residual_bits, tokens and schedule."""
-    table: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {}
+def read(path: Path) -> dict[str, dict[Layer, dict[int, tuple[int, ...]]]]:
+    """A file of ``tune``: a list of objects with the keys gpu, rows, columns, bits, residual_bits, tokens and schedule."""
+    table: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8")):
-            shape = (int(entry["rows"]), int(entry["columns"]), int(entry["residual_bits"]))
+            layer = (int(entry["rows"]), int(entry["columns"]), int(entry["bits"]), int(entry["residual_bits"]))
             schedule = tuple(int(value) for value in entry["schedule"])
             tokens = int(entry["tokens"])
             if tokens not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
                 raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1 to 5 positive integers")
             if tokens > _MOST_OF_KIND.get(len(schedule), tokens):
                 raise ValueError(f"{entry}: one integer or four are for 1 token, two are for at most {_MOST_OF_KIND[2]}")
-            if _KINDS[len(schedule)] is Integer and shape[2]:
-                raise ValueError(f"{entry}: four integers are for layers without a residual")
-            table.setdefault(str(entry["gpu"]), {}).setdefault(shape, {})[int(entry["tokens"])] = schedule
+            if _KINDS[len(schedule)] is Integer and layer[2:] != (4, 0):
+                raise ValueError(f"{entry}: four integers are for layers of 4 bits without a residual")
+            table.setdefault(str(entry["gpu"]), {}).setdefault(layer, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
             f"{path} ({ENVIRONMENT}) is no file of schedules: {error!r}. Write it with `turboquant-weights tune`, "
@@ -215,33 +216,33 @@ def read(path: Path) -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int
 
 
 @functools.cache
-def _own_table() -> dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]]:
+def _own_table() -> dict[str, dict[Layer, dict[int, tuple[int, ...]]]]:
     path = os.environ.get(ENVIRONMENT)
     return read(Path(path)) if path else {}
 
 
-def crossover(bits: int, residual_bits: int, rows: int, columns: int, warp_groups: bool = False) -> int:
-    """Tokens above which a layer is dequantized for cuBLAS (measured on an H100)."""
-    if bits != 4 or residual_bits == 3:
-        return 32  # no assembly decoder
+def crossover(residual_bits: int, rows: int, columns: int, warp_groups: bool = False) -> int:
+    """Tokens above which a layer with an assembly decoder is dequantized for cuBLAS (measured on an H100, 4 bits)."""
     if warp_groups:
         return _STREAMK_MOST[columns <= 8192 and rows * columns >= 1 << 25][residual_bits > 0]
     return 256 if columns <= 8192 else 192
 
 
 @functools.lru_cache(maxsize=8192)
-def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | None, warp_groups: bool = False) -> Schedule:
+def choose(
+    gpu: str, tokens: int, rows: int, columns: int, bits: int, residual_bits: int | None, warp_groups: bool = False
+) -> Schedule:
     """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder,
     ``warp_groups`` says that `streamk.py` can serve the layer."""
     if residual_bits is not None:
-        shape, at = (rows, columns, residual_bits), next((t for t in TOKENS if t >= tokens), None)
+        layer, at = (rows, columns, bits, residual_bits), next((t for t in TOKENS if t >= tokens), None)
         for table in (_own_table(), _TABLE):
-            entry = table.get(gpu, {}).get(shape, {}).get(at or 0)
+            entry = table.get(gpu, {}).get(layer, {}).get(at or 0)
             if entry is not None:
                 schedule = _KINDS[len(entry)](*entry)
                 if not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns)):
                     return schedule
-        if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
+        if tokens == 1 and (bits, residual_bits) == (4, 0) and _is_for_integers(rows, columns):
             return _integer(rows, columns)
         # Rotating takes registers, which a residual needs, too: over long rows two launches are faster then.
         if tokens == 1 and (not residual_bits or columns <= _ROTATING_COLUMNS):
@@ -250,7 +251,7 @@ def choose(gpu: str, tokens: int, rows: int, columns: int, residual_bits: int | 
         if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
             return _slices(rows, columns)
         if warp_groups and _is_enough(tokens, rows * columns, residual_bits):
-            streamk = _streamk(tokens, rows * columns, residual_bits)
+            streamk = _streamk(tokens, rows * columns, bits, residual_bits)
             if streamk.serves(columns):
                 return streamk
     return _splitk(tokens, rows, columns)
@@ -311,7 +312,7 @@ def _is_enough(tokens: int, weights: int, residual_bits: int) -> bool:
     return least is not None and weights >= least
 
 
-def _streamk(tokens: int, weights: int, residual_bits: int) -> StreamK:
+def _streamk(tokens: int, weights: int, bits: int, residual_bits: int) -> StreamK:
     """Tiles of 256 tokens take 1.8 times as long as tiles of 128; as many stages as fit."""
     if tokens <= 128 or -(-tokens // 128) * 5 < -(-tokens // 256) * 9:
         block_m = next(b for b in (32, 64, 128) if tokens <= b or b == 128)
@@ -319,12 +320,13 @@ def _streamk(tokens: int, weights: int, residual_bits: int) -> StreamK:
         block_m = 256
     if tokens <= 256 and weights < _HALF_TILES.get((block_m, residual_bits > 0), 0):
         block_m //= 2
-    return StreamK(block_m, 2, streamk_stages(block_m, 2, residual_bits))
+    return StreamK(block_m, 2, streamk_stages(block_m, 2, bits, residual_bits))
 
 
-def streamk_stages(block_m: int, groups: int, residual_bits: int) -> int:
+def streamk_stages(block_m: int, groups: int, bits: int, residual_bits: int) -> int:
     """Steps that fit into shared memory, beside what the rotation wants of it where there are registers for both."""
     tiles = StreamK(block_m, groups, 1).step // 128
-    step = tiles * (64 * groups * (64 + 16 * residual_bits) + 256 * block_m + 4 * 128 * (groups - 1))
+    plane = sum(4 if width == 3 else width for width in (bits, residual_bits))  # as `streamk.py` copies them
+    step = tiles * (64 * groups * 16 * plane + 256 * block_m + 4 * 128 * (groups - 1))
     beside = block_m <= 64 or (block_m <= 128 and groups == 2)
     return max(min(6, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(2, _SHARED_BYTES // step))

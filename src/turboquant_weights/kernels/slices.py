@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_words, scale_pairs, tables
+from .decode import decode_words, load_words, scale_pairs, stride_in_words, tables
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
 
@@ -24,29 +24,43 @@ MOST_TOKENS = 8
 @triton.jit
 def fetch(
     code_address, rest_address, scale_address, group, limit, step,
-    THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, WORDS: tl.constexpr, TAIL: tl.constexpr,
+    THREADS: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Codes, residual and scale bytes of the tile ``step`` turns ahead; zeros beyond ``limit`` groups."""
     if TAIL:
         code_group, rest_group, scale_group = group
         ahead = limit - step * (THREADS // 8)
-        codes = tl.load(
-            code_address + step * (THREADS // 2), mask=(code_group < ahead)[None, :], other=0, eviction_policy="evict_first"
-        )
-        scale = tl.load(scale_address + step * (THREADS // 8), mask=(scale_group < ahead)[None, :], other=0)
+        codes = load_words(code_address + step * (THREADS // 8 * BITS), code_group < ahead, 0, BITS)
+        scale = tl.load(scale_address + step * (THREADS // 8), mask=scale_group < ahead, other=0)
         rest = codes
         if RESIDUAL_BITS > 0:
-            rest = tl.load(
-                rest_address + step * (THREADS // 8 * WORDS), mask=(rest_group < ahead)[None, :], other=0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
+            rest = load_words(rest_address + step * (THREADS // 8 * RESIDUAL_BITS), rest_group < ahead, 0, RESIDUAL_BITS)
     else:
-        codes = tl.load(code_address + step * (THREADS // 2), eviction_policy="evict_first")
+        codes = load_words(code_address + step * (THREADS // 8 * BITS), None, None, BITS)
         scale = tl.load(scale_address + step * (THREADS // 8))
         rest = codes
         if RESIDUAL_BITS > 0:
-            rest = tl.load(rest_address + step * (THREADS // 8 * WORDS), eviction_policy="evict_first")
+            rest = load_words(rest_address + step * (THREADS // 8 * RESIDUAL_BITS), None, None, RESIDUAL_BITS)
     return codes, rest, scale
+
+
+@triton.jit
+def locate(
+    plane, first, first_row, rows, stride, OCTETS: tl.constexpr, THREADS: tl.constexpr, BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Address and group of the words of a plane that the threads of a program read from the tile ``first`` on, for
+    ``decode.load_words``: a thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ..."""
+    UNITS: tl.constexpr = 1 if BITS == 3 else BITS
+    if BITS == 3:
+        item = tl.arange(0, OCTETS * THREADS)
+        octet, word = item // THREADS, item % THREADS
+    else:
+        octet, word = tl.arange(0, OCTETS)[:, None], tl.arange(0, THREADS * BITS)[None, :]
+    row = tl.minimum(octet * 8 + first_row + (word // (4 * UNITS)) % 8, rows - 1).to(tl.int64)
+    group = (first + word // (32 * UNITS)) * 4 + (word // UNITS) % 4
+    address = plane.to(tl.pointer_type(tl.int32)) + row * stride_in_words(stride, BITS, ALIGNED)
+    return address + (group * BITS + word % UNITS), group
 
 
 @triton.jit
@@ -61,12 +75,12 @@ def _fetch_tokens(x_address, x_group, limit, step, THREADS: tl.constexpr, TAIL: 
 
 @triton.jit
 def _multiply(
-    acc, fetched, tokens, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    acc, fetched, tokens, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     codes, rest, scale = fetched
     pairs = scale_pairs(scale.to(tl.int32), 0)
-    weight = decode_words(codes, rest, pairs, words, OCTETS, WARPS * 32, RESIDUAL_BITS, ASSEMBLY)
+    weight = decode_words(codes, rest, pairs, words, OCTETS, WARPS * 32, BITS, RESIDUAL_BITS, ASSEMBLY)
     # dims: 16 rows, b1, warp, g, t, p1, i0, p0, h, i1 -> warp, rows (16 rows, b1, g), columns (p, h, t, i1, i0)
     weight = weight.reshape(OCTETS // 2, 2, WARPS, 8, 4, 2, 2, 2, 2, 2).trans(2, 0, 1, 3, 5, 7, 8, 4, 9, 6)
     # dims: p, warp, g, t, h, i1, i0 -> warp, columns, tokens
@@ -78,40 +92,32 @@ def _multiply(
 def slices_kernel(
     x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
     tokens, rows, groups, x_stride, code_stride, residual_stride, scale_stride, splits,
-    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, split). ``x`` float16 [tokens <= 8, x_stride] from ``rotate_scaled_kernel``, in the order
     ``decode.slice_column``; ``out`` [tokens, rows]; the rest as in ``splitk.py``.
 
     TAIL: the columns of a row are not a multiple of ``128 * WARPS * splits``. Strides of scales and residual are not
-    specialized: with unknown alignment a thread loads its own byte or ``WORDS`` words, as the decoder wants it.
+    specialized: with unknown alignment a thread loads its own byte or words, as the decoder wants it.
     """
     THREADS: tl.constexpr = WARPS * 32
     OCTETS: tl.constexpr = ROWS // 8
-    WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)  # of the residual, per thread
+    REST: tl.constexpr = max(RESIDUAL_BITS, 1)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
     limit = tl.minimum((first + turns * WARPS) * 4, groups)
-    words = tables(RESIDUAL_BITS)
-    # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
-    octet = tl.arange(0, OCTETS)[:, None] * 8 + tile_n * ROWS
-    word = tl.arange(0, THREADS * 4)
-    thread = tl.arange(0, THREADS)
-    rest = tl.arange(0, THREADS * WORDS)
-    code_row = tl.minimum(octet + ((word // 16) % 8)[None, :], rows - 1).to(tl.int64)
-    rest_row = tl.minimum(octet + ((rest // (4 * WORDS)) % 8)[None, :], rows - 1).to(tl.int64)
-    scale_row = tl.minimum(octet + ((thread // 4) % 8)[None, :], rows - 1).to(tl.int64)
-    code_group = (first + word // 128) * 4 + (word // 4) % 4
-    rest_group = (first + rest // (32 * WORDS)) * 4 + (rest // WORDS) % 4
+    words = tables(BITS, RESIDUAL_BITS)
+    first_row = tile_n * ROWS
+    code_address, code_group = locate(codes, first, first_row, rows, code_stride, OCTETS, THREADS, BITS, BITS == 4)
+    rest_address, rest_group = locate(residual, first, first_row, rows, residual_stride, OCTETS, THREADS, REST, False)
+    thread = tl.arange(0, THREADS)[None, :]
+    scale_row = tl.minimum(tl.arange(0, OCTETS)[:, None] * 8 + first_row + (thread // 4) % 8, rows - 1).to(tl.int64)
     scale_group = (first + thread // 32) * 4 + thread % 4
     group = code_group, rest_group, scale_group
-    code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4) + (code_group * 4 + word % 4)[None, :]
-    rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // (4 * WORDS) * WORDS)
-    rest_address += (rest_group * WORDS + rest % WORDS)[None, :]
-    scale_address = scales + scale_row * scale_stride + scale_group[None, :]
+    scale_address = scales + scale_row * scale_stride + scale_group
     # Activations: 4 loads of 8 halves by thread (g, t) of the warp; g is the token, absent ones repeat the last.
     half = tl.arange(0, THREADS * 8)
     x_group = (first + half // 256) * 4 + (half // 8) % 4
@@ -122,28 +128,28 @@ def slices_kernel(
     prefetch(exponents + tile_n * ROWS)
     if HAS_BIAS:
         prefetch(bias + tile_n * ROWS)
-    even = fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+    even = fetch(code_address, rest_address, scale_address, group, limit, 0, THREADS, BITS, RESIDUAL_BITS, TAIL)
     odd = even
     if turns > 1:
-        odd = fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, RESIDUAL_BITS, WORDS, TAIL)
+        odd = fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, BITS, RESIDUAL_BITS, TAIL)
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
     values = _fetch_tokens(x_address, x_group, limit, 0, THREADS, TAIL)
     acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
     for turn in range(0, turns, 2):
-        acc = _multiply(acc, even, values, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
+        acc = _multiply(acc, even, values, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY)
         if turn + 1 < turns:
             values = _fetch_tokens(x_address, x_group, limit, turn + 1, THREADS, TAIL)
             if turn + 2 < turns:
                 even = fetch(
-                    code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, RESIDUAL_BITS, WORDS, TAIL
+                    code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, BITS, RESIDUAL_BITS, TAIL
                 )
-            acc = _multiply(acc, odd, values, words, OCTETS, WARPS, RESIDUAL_BITS, ASSEMBLY)
+            acc = _multiply(acc, odd, values, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY)
             if turn + 2 < turns:
                 values = _fetch_tokens(x_address, x_group, limit, turn + 2, THREADS, TAIL)
             if turn + 3 < turns:
                 odd = fetch(
-                    code_address, rest_address, scale_address, group, limit, turn + 3, THREADS, RESIDUAL_BITS, WORDS, TAIL
+                    code_address, rest_address, scale_address, group, limit, turn + 3, THREADS, BITS, RESIDUAL_BITS, TAIL
                 )
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()

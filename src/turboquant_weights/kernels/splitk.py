@@ -10,26 +10,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_gather, decode_words, scale_pairs, tables
+from .decode import decode_gather, decode_words, load_words, scale_pairs, stride_in_words, tables
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
 
 
 @triton.jit
-def _at(tile, index, UNITS: tl.constexpr, groups, TAIL: tl.constexpr):
-    """Offset in a row for threads that read ``UNITS`` elements each: thread ``t`` of 4 reads group ``4 * tile + t``."""
+def _at(tile, index, BITS: tl.constexpr, groups, TAIL: tl.constexpr):
+    """Offset in a row for threads that read ``BITS`` elements each: thread ``t`` of 4 reads group ``4 * tile + t``."""
+    UNITS: tl.constexpr = 1 if BITS == 3 else BITS
     group = tile * 4 + (index // UNITS) % 4
     if TAIL:  # beyond the last column x is zero: any finite weight will do
         group = tl.minimum(group, groups - 1)
-    return group * UNITS + index % UNITS
+    return group * BITS + index % UNITS
+
+
+@triton.jit
+def _locate(plane, first_row, rows, stride, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the rows of a plane begin and which word of a tile is read, for each word that the threads read of a tile.
+
+    A tile of 64 rows x 128 columns is 2 x 128 x BITS words, BITS for each of 128 threads (warp 4, lane 8, t 4). Registers 0
+    and 1 of a fragment are rows 8 apart there and 32 apart here: loads stay simple, `row` knows."""
+    HALVES: tl.constexpr = BLOCK_N // 32
+    UNITS: tl.constexpr = 1 if BITS == 3 else BITS
+    if BITS == 3:
+        item = tl.arange(0, HALVES * 128)
+        half, word = item // 128, item % 128
+    else:
+        half, word = tl.arange(0, HALVES)[:, None], tl.arange(0, 128 * BITS)[None, :]
+    half_row = first_row + (half % (BLOCK_N // 64)) * 64 + (half // (BLOCK_N // 64)) * 32
+    row = tl.minimum(half_row + word // (4 * UNITS), rows - 1).to(tl.int64)
+    return plane.to(tl.pointer_type(tl.int32)) + row * stride_in_words(stride, BITS, ALIGNED), word
 
 
 @triton.jit
 def _weight(
-    packed, refined, pairs, words, HALVES: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr
+    packed, refined, pairs, words, HALVES: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """The decoded tile [HALVES * 32, 128] as a left operand."""
-    weight = decode_words(packed, refined, pairs, words, HALVES, 128, RESIDUAL_BITS, ASSEMBLY)
+    weight = decode_words(packed, refined, pairs, words, HALVES, 128, BITS, RESIDUAL_BITS, ASSEMBLY)
     # dims: b1, tile of 64 rows, warp, g, t, p1, i0, p0, h, i1 -> rows (tile, warp, b1, g), columns (p, h, i1, t, i0)
     weight = weight.reshape(2, HALVES // 2, 4, 8, 4, 2, 2, 2, 2, 2).trans(1, 2, 0, 3, 5, 7, 8, 9, 4, 6)
     return weight.reshape(HALVES * 32, 128)
@@ -75,23 +95,17 @@ def splitk_kernel(
             )  # fmt: skip
             acc = tl.dot(weight.to(tl.float16), tl.trans(tl.load(x_address + tile * 128)), acc)
     else:
-        # A tile of 64 rows x 128 columns is 2 x 512 words of codes, 4 for each of 128 threads (warp 4, lane 8, t 4).
-        # Registers 0 and 1 of a fragment are rows 8 apart there and 32 apart here: loads stay simple, `row` knows.
         HALVES: tl.constexpr = BLOCK_N // 32
         row = tile_n * BLOCK_N + (inner // 64) * 64 + ((inner // 8) % 2) * 32 + ((inner // 16) % 4) * 8 + inner % 8
-        words = tables(RESIDUAL_BITS)
+        words = tables(BITS, RESIDUAL_BITS)
         half = tl.arange(0, HALVES)
         half_row = tile_n * BLOCK_N + (half % (BLOCK_N // 64)) * 64 + (half // (BLOCK_N // 64)) * 32
         thread = tl.arange(0, 128)
         inner_row = tl.arange(0, 32)
-        word = tl.arange(0, 512)
-        WORDS: tl.constexpr = max(RESIDUAL_BITS, 1)  # of the residual, per thread
-        rest = tl.arange(0, 128 * WORDS)
-        code_row = tl.minimum(half_row[:, None] + (word // 16)[None, :], rows - 1).to(tl.int64)
+        REST: tl.constexpr = max(RESIDUAL_BITS, 1)
         scale_row = tl.minimum(half_row[:, None] + (thread // 4)[None, :], rows - 1).to(tl.int64)
-        rest_row = tl.minimum(half_row[:, None] + (rest // (4 * WORDS))[None, :], rows - 1).to(tl.int64)
-        code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4)
-        rest_address = residual.to(tl.pointer_type(tl.int32)) + rest_row * (residual_stride // (4 * WORDS) * WORDS)
+        code_address, word = _locate(codes, tile_n * BLOCK_N, rows, code_stride, BLOCK_N, BITS, BITS == 4)
+        rest_address, rest = _locate(residual, tile_n * BLOCK_N, rows, residual_stride, BLOCK_N, REST, False)
         prefetch(exponents + tile_n * BLOCK_N)
         if HAS_BIAS:
             prefetch(bias + tile_n * BLOCK_N)
@@ -100,32 +114,24 @@ def splitk_kernel(
             # still runs.
             scale_address = scales + scale_row * scale_stride
             tile = tl.minimum(first, tl.cdiv(groups, 4) - 1)
-            packed = tl.load(code_address + _at(tile, word, 4, groups, TAIL)[None, :], eviction_policy="evict_first")
+            packed = load_words(code_address + _at(tile, word, BITS, groups, TAIL), None, None, BITS)
             scale = tl.load(scale_address + _at(tile, thread, 1, groups, TAIL)[None, :])
             refined = packed
             if RESIDUAL_BITS > 0:
-                refined = tl.load(
-                    rest_address + _at(tile, rest, WORDS, groups, TAIL)[None, :], eviction_policy="evict_first"
-                )
+                refined = load_words(rest_address + _at(tile, rest, REST, groups, TAIL), None, None, REST)
             if PDL:
                 wait_for_producer()
             for tile in range(first, last):
                 tokens_tile = tl.load(x_address + tile * 128)
                 ahead = tile + 1
                 more = ahead < last
-                next_packed = tl.load(
-                    code_address + _at(ahead, word, 4, groups, TAIL)[None, :], mask=more, eviction_policy="evict_first"
-                )
+                next_packed = load_words(code_address + _at(ahead, word, BITS, groups, TAIL), more, None, BITS)
                 next_scale = tl.load(scale_address + _at(ahead, thread, 1, groups, TAIL)[None, :], mask=more)
                 next_refined = next_packed
                 if RESIDUAL_BITS > 0:
-                    next_refined = tl.load(
-                        rest_address + _at(ahead, rest, WORDS, groups, TAIL)[None, :],
-                        mask=more,
-                        eviction_policy="evict_first",
-                    )
+                    next_refined = load_words(rest_address + _at(ahead, rest, REST, groups, TAIL), more, None, REST)
                 pairs = scale_pairs(scale.to(tl.int32), 0)
-                weight = _weight(packed, refined, pairs, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
+                weight = _weight(packed, refined, pairs, words, HALVES, BITS, RESIDUAL_BITS, ASSEMBLY)
                 acc = tl.dot(weight, tl.trans(tokens_tile), acc)
                 packed, scale, refined = next_packed, next_scale, next_refined
         else:
@@ -137,16 +143,14 @@ def splitk_kernel(
                 wait_for_producer()
             for tile in tl.range(first, last, num_stages=STAGES):
                 tokens_tile = tl.load(x_address + tile * 128)
-                packed = tl.load(code_address + _at(tile, word, 4, groups, False)[None, :], eviction_policy="evict_first")
+                packed = load_words(code_address + _at(tile, word, BITS, groups, False), None, None, BITS)
                 scale = tl.load(scale_address + tile)
                 refined = packed
                 if RESIDUAL_BITS > 0:
-                    refined = tl.load(
-                        rest_address + _at(tile, rest, WORDS, groups, False)[None, :], eviction_policy="evict_first"
-                    )
+                    refined = load_words(rest_address + _at(tile, rest, REST, groups, False), None, None, REST)
                 scale = tl.broadcast_to(tl.expand_dims(scale, 2), (HALVES, 32, 4)).reshape(HALVES, 128)
                 pairs = scale_pairs(scale, (thread % 4)[None, :])
-                weight = _weight(packed, refined, pairs, words, HALVES, RESIDUAL_BITS, ASSEMBLY)
+                weight = _weight(packed, refined, pairs, words, HALVES, BITS, RESIDUAL_BITS, ASSEMBLY)
                 acc = tl.dot(weight, tl.trans(tokens_tile), acc)
 
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory

@@ -8,6 +8,9 @@ Decoding and multiplying take turns inside a warp group, so a product of 64 colu
 decoded. No product may be on its way across a branch: ptxas would give its registers to no other role, run out of them,
 and serialize all products (test_kernels_compile_for_every_supported_gpu listens for it).
 
+Shapes in shared memory are powers of two. Of a plane of 3 bits the copy engine brings 16 words for each row and tile, the
+last four of which are the next tile's, and threads hand one another what they have read of the others' 12 words.
+
 The steps (of 128 or 256 columns) of all tiles are numbered, and each program takes an equal share, whatever tiles it cuts
 (stream-K). Who arrives last at a tile adds the shares in the order of the programs: results do not depend on timing.
 
@@ -30,11 +33,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .decode import assembly, decode_wide, power_of_two, scale_pairs, tables, widen_residual
+from .decode import assembly, decode_wide, power_of_two, scale_pairs, tables, widen, widen_3
 from .nvidia import launch_dependents, wait_for_producer
 
 # Strings cannot be handed to the parts of a warp-specialized kernel.
-_ASSEMBLIES = gl.constexpr(tuple(assembly(4, residual_bits) for residual_bits in range(5)))
+_ASSEMBLIES = gl.constexpr(tuple(assembly(bits, residual_bits) for bits in (2, 3, 4) for residual_bits in range(5)))
+
+
+def realigning(clean: bool) -> str:
+    """PTX: words 4t to 4t + 3 in $4 to $7 of lane $8 = 4g + t -> the 32 columns of the words 3t to 3t + 2 of its four lanes,
+    widened, in $0 to $3."""
+    # Of the words u1, u2, u3 from the lane before and $4, $5, $6 thread t wants three, from the place 3 - t on.
+    late = ("u1", "u2", "u3", "$4")
+    early = ("u3", "$4", "$5", "$6")
+    lines = ["{ .reg .b32 u1, u2, u3, x0, x1, x2, x3, y0, y1, y2, v, w; .reg .pred low, even;"]
+    lines += [f"shfl.sync.up.b32 u{i}, ${4 + i}, 1, 0, 0xffffffff;" for i in (1, 2, 3)]
+    lines.append("and.b32 v, $8, 2; setp.eq.u32 low, v, 0; and.b32 w, $8, 1; setp.eq.u32 even, w, 0;")
+    lines += [f"selp.b32 x{i}, {early[i]}, {late[i]}, low;" for i in range(4)]
+    lines += [f"selp.b32 y{i}, x{i + 1}, x{i}, even;" for i in range(3)]
+    return " ".join([*lines, widen_3("y0", "y1", "y2", clean), "}"])
+
+
+_REALIGN, _REALIGN_LOOSELY = gl.constexpr(realigning(True)), gl.constexpr(realigning(False))
 _G0, _G1, _G2 = (gl.constexpr(group) for group in range(3))
 
 
@@ -45,7 +65,7 @@ def x_block(tokens: int) -> tuple[list[int], Any]:
 
 def plane_block(tokens: int, groups: int, words: int) -> tuple[list[int], Any]:
     """Shape and layout in shared memory of a copy of a plane with ``words`` words per 32 columns."""
-    width = 4 * words * _tiles(tokens)
+    width = _copy_width(words, _tiles(tokens))
     return [64 * groups // _boxes(groups), width], gl.NVMMASharedLayout(4 * width if width > 4 else 0, 32, 2)
 
 
@@ -85,6 +105,17 @@ def _tiles(block_m):
 
 
 @gluon.constexpr_function
+def _copies(words, tiles):
+    """Per step and box: each tile of a plane with three words per 32 columns is one."""
+    return tiles if words == 3 else 1
+
+
+@gluon.constexpr_function
+def _copy_width(words, tiles):
+    return 16 if words == 3 else 4 * words * tiles
+
+
+@gluon.constexpr_function
 def _plane_layout(words, tiles):
     """A thread (warp, g, t) reads ``words`` words, the 32 columns of scale t, of the rows 16 * warp + 2 * g + (0, 1)."""
     registers = [*[[0, 1], [0, 2]][: words // 2], [1, 0], *[[0, 4 * words]][: tiles - 1]]
@@ -105,20 +136,30 @@ def _out_layout(tokens):
 
 
 @gluon.jit
+def _fetch_plane(
+    plane, ring, barrier, row, step, stage, BOX: gl.constexpr, BOXES: gl.constexpr, TILES: gl.constexpr,
+    WORDS: gl.constexpr,
+):  # fmt: skip
+    COPIES: gl.constexpr = _copies(WORDS, TILES)
+    for i in gl.static_range(COPIES):
+        column = (step * COPIES + i) * (4 * WORDS * TILES // COPIES)
+        slot = ring.index((stage * COPIES + i) * BOXES + BOX)
+        tma.async_copy_global_to_shared(plane, [row, column], barrier, slot)
+
+
+@gluon.jit
 def _fetch_planes(
     row_tile, step, stage, codes, residual, code_ring, rest_ring, full,
-    GROUPS: gl.constexpr, TILES: gl.constexpr, RESIDUAL_BITS: gl.constexpr, BYTES: gl.constexpr,
+    GROUPS: gl.constexpr, TILES: gl.constexpr, BITS: gl.constexpr, RESIDUAL_BITS: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     barrier = full.index(stage)
     mbarrier.expect(barrier, BYTES)
     BOXES: gl.constexpr = _boxes(GROUPS)
     for box in gl.static_range(BOXES):
         row = row_tile * (64 * GROUPS) + box * (64 * GROUPS // BOXES)
-        tma.async_copy_global_to_shared(codes, [row, step * (16 * TILES)], barrier, code_ring.index(stage * BOXES + box))
+        _fetch_plane(codes, code_ring, barrier, row, step, stage, box, BOXES, TILES, BITS)
         if RESIDUAL_BITS > 0:
-            tma.async_copy_global_to_shared(
-                residual, [row, step * (4 * RESIDUAL_BITS * TILES)], barrier, rest_ring.index(stage * BOXES + box)
-            )
+            _fetch_plane(residual, rest_ring, barrier, row, step, stage, box, BOXES, TILES, RESIDUAL_BITS)
 
 
 @gluon.jit
@@ -146,8 +187,8 @@ def _next(row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES: 
 @gluon.jit
 def _produce(
     x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
-    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RESIDUAL_BITS: gl.constexpr, BYTES: gl.constexpr,
-    PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
+    BYTES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: keeps ``STAGES`` steps in flight. Planes do not depend on the rotation, so they do not wait for it."""
     TILES: gl.constexpr = _tiles(BLOCK_M)
@@ -161,7 +202,7 @@ def _produce(
     start = row_tile, token_tile, step
     for _ in range(first, filled):
         _fetch_planes(
-            row_tile, step, stage, codes, residual, code_ring, rest_ring, full, GROUPS, TILES, RESIDUAL_BITS, BYTES
+            row_tile, step, stage, codes, residual, code_ring, rest_ring, full, GROUPS, TILES, BITS, RESIDUAL_BITS, BYTES
         )
         row_tile, token_tile, step, stage, phase = _next(
             row_tile, token_tile, step, stage, phase, steps, token_tiles, STAGES
@@ -183,7 +224,7 @@ def _produce(
     for _ in range(filled, last):
         mbarrier.wait(empty.index(stage), phase)
         _fetch_planes(
-            row_tile, step, stage, codes, residual, code_ring, rest_ring, full, GROUPS, TILES, RESIDUAL_BITS, BYTES
+            row_tile, step, stage, codes, residual, code_ring, rest_ring, full, GROUPS, TILES, BITS, RESIDUAL_BITS, BYTES
         )
         _fetch_tokens(token_tile, step, stage, x, x_ring, full, BLOCK_M, TILES)
         row_tile, token_tile, step, stage, phase = _next(
@@ -372,10 +413,35 @@ def _end_tile(
 
 
 @gluon.jit
-def _planes(part, WORDS: gl.constexpr, TILES: gl.constexpr):
-    """A thread's words of each tile of a step."""
-    words = part.load(_plane_layout(WORDS, TILES))
-    return _halves(words, 64, 8 * WORDS) if TILES == 2 else (words,)
+def _part(ring, copy, GROUP: gl.constexpr, BOXES: gl.constexpr):
+    """The rows of a warp group in a copy."""
+    return ring.index(copy).slice(GROUP * 64, 64) if BOXES == 1 else ring.index(copy * BOXES + GROUP)
+
+
+@gluon.jit
+def _planes(ring, stage, WORDS: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr, BOXES: gl.constexpr):
+    """A thread's words of each tile of a step; of a plane of 3 bits, a fourth of the 16 words that were copied."""
+    if WORDS == 3:
+        words = (_part(ring, stage * TILES, GROUP, BOXES).load(_plane_layout(4, 1)),)
+        if TILES == 2:
+            words += (_part(ring, stage * TILES + 1, GROUP, BOXES).load(_plane_layout(4, 1)),)
+    else:
+        both = _part(ring, stage, GROUP, BOXES).load(_plane_layout(WORDS, TILES))
+        words = _halves(both, 64, 8 * WORDS) if TILES == 2 else (both,)
+    return words
+
+
+@gluon.jit
+def _widened(words, lane, BITS: gl.constexpr, CLEAN: gl.constexpr):
+    """``decode.widen`` of a tile's words, [64, 4, 4]."""
+    if BITS == 3:
+        ASSEMBLY: gl.constexpr = _REALIGN if CLEAN else _REALIGN_LOOSELY
+        words = gl.inline_asm_elementwise(
+            ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [words, lane], dtype=gl.int32, is_pure=True, pack=4
+        )
+    else:
+        words = widen(words, 64, 4, BITS, CLEAN)
+    return words.reshape(64, 4, 4)
 
 
 @gluon.jit
@@ -383,7 +449,7 @@ def _consume(
     x_ring, code_ring, rest_ring, scale_ring, full, empty,
     token_scale, exponents, bias, out, partial, counters,
     tokens, rows, steps, token_tiles, share, first, last,
-    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp group: 64 rows. While the tensor cores multiply 64 columns, the next 64 are decoded."""
@@ -396,8 +462,11 @@ def _consume(
     LINES: gl.constexpr = gl.SliceLayout(1, PAIRS)
     BOXES: gl.constexpr = _boxes(GROUPS)
     TILES: gl.constexpr = _tiles(BLOCK_M)
-    ASSEMBLY: gl.constexpr = _ASSEMBLIES[RESIDUAL_BITS]
-    words = tables(RESIDUAL_BITS)
+    ASSEMBLY: gl.constexpr = _ASSEMBLIES[5 * (BITS - 2) + RESIDUAL_BITS]
+    words = tables(BITS, RESIDUAL_BITS)
+    lane = 0
+    if BITS == 3 or RESIDUAL_BITS == 3:
+        lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
     pick = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, PAIRS)), 0)
     if PDL:
         wait_for_producer()
@@ -408,22 +477,17 @@ def _consume(
         begin = gl.maximum(first, tile * steps)
         for _ in range(begin, gl.minimum(last, (tile + 1) * steps)):
             mbarrier.wait(full.index(stage), phase)
-            if BOXES == 1:
-                code_part = code_ring.index(stage).slice(GROUP * 64, 64)
-                rest_part = rest_ring.index(stage).slice(GROUP * 64, 64)
-            else:
-                code_part = code_ring.index(stage * BOXES + GROUP)
-                rest_part = rest_ring.index(stage * BOXES + GROUP)
-            codes = _planes(code_part, 4, TILES)
+            codes = _planes(code_ring, stage, BITS, TILES, GROUP, BOXES)
             rests = codes
             if RESIDUAL_BITS > 0:
-                rests = _planes(rest_part, RESIDUAL_BITS, TILES)
+                rests = _planes(rest_ring, stage, RESIDUAL_BITS, TILES, GROUP, BOXES)
             right = x_ring.index(stage).permute((1, 0))
             for i in gl.static_range(TILES):
-                packed = gl.convert_layout(codes[i].reshape(64, 4, 4), CODES, assert_trivial=True)
+                packed = _widened(codes[i], lane, BITS, RESIDUAL_BITS > 0)
+                packed = gl.convert_layout(packed, CODES, assert_trivial=True)
                 refined = packed
                 if RESIDUAL_BITS > 0:
-                    refined = widen_residual(rests[i], 64, 4, RESIDUAL_BITS).reshape(64, 4, 4)
+                    refined = _widened(rests[i], lane, RESIDUAL_BITS, True)
                     refined = gl.convert_layout(refined, CODES, assert_trivial=True)
                 scale = scale_ring.index(stage * TILES + i).slice(GROUP * 64, 64).load(LINES)
                 pairs = gl.expand_dims(scale_pairs(gl.expand_dims(scale, 1), pick), 2).broadcast_to(64, 4, 4)
@@ -457,7 +521,7 @@ def _consume(
 def streamk_kernel(
     x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
     tokens, rows, steps, token_tiles, scale_stride, share, total,
-    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
+    BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     first = gl.program_id(0) * share
@@ -465,14 +529,19 @@ def streamk_kernel(
     REGISTERS: gl.constexpr = _consumer_registers(BLOCK_M, GROUPS)
     FEW: gl.constexpr = _producer_registers(BLOCK_M, GROUPS)
     TILES: gl.constexpr = _tiles(BLOCK_M)
-    BYTES: gl.constexpr = TILES * (GROUPS * 64 * (64 + 16 * RESIDUAL_BITS) + BLOCK_M * 256)
+    CODE_WIDTH: gl.constexpr = _copy_width(BITS, TILES)
+    REST_WIDTH: gl.constexpr = _copy_width(RESIDUAL_BITS, TILES)
+    CODE_COPIES: gl.constexpr = _copies(BITS, TILES)
+    REST_COPIES: gl.constexpr = _copies(RESIDUAL_BITS, TILES)
+    PLANES: gl.constexpr = GROUPS * 64 * 4 * (CODE_WIDTH * CODE_COPIES + REST_WIDTH * REST_COPIES)
+    BYTES: gl.constexpr = PLANES + TILES * BLOCK_M * 256
     ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BOXES: gl.constexpr = _boxes(GROUPS)
     ROWS: gl.constexpr = 64 * GROUPS // BOXES
-    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES * BOXES, ROWS, 16 * TILES], codes.layout)
+    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES * CODE_COPIES * BOXES, ROWS, CODE_WIDTH], codes.layout)
     rest_ring = code_ring
     if RESIDUAL_BITS > 0:
-        rest_ring = gl.allocate_shared_memory(gl.int32, [STAGES * BOXES, ROWS, 4 * RESIDUAL_BITS * TILES], residual.layout)
+        rest_ring = gl.allocate_shared_memory(gl.int32, [STAGES * REST_COPIES * BOXES, ROWS, REST_WIDTH], residual.layout)
     x_ring = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_M, 128 * TILES], x.layout)
     scale_ring = gl.allocate_shared_memory(gl.int32, [STAGES * TILES, _scale_rows(GROUPS)], ONE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -488,17 +557,17 @@ def streamk_kernel(
                     x_ring, code_ring, rest_ring, scale_ring, full, empty,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
                 )),
                 (_consume, (
                     x_ring, code_ring, rest_ring, scale_ring, full, empty,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
                 )),
                 (_produce, (
                     x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, BYTES, PDL,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, BYTES, PDL,
                 )),
                 (_produce_scales, (
                     scales, scale_ring, full, empty, rows, steps, token_tiles, scale_stride, first, last,
@@ -514,23 +583,23 @@ def streamk_kernel(
                     x_ring, code_ring, rest_ring, scale_ring, full, empty,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
                 )),
                 (_consume, (
                     x_ring, code_ring, rest_ring, scale_ring, full, empty,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
                 )),
                 (_consume, (
                     x_ring, code_ring, rest_ring, scale_ring, full, empty,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, HAS_BIAS, PDL, _G2,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G2,
                 )),
                 (_produce, (
                     x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
-                    BLOCK_M, GROUPS, STAGES, RESIDUAL_BITS, BYTES, PDL,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, BYTES, PDL,
                 )),
                 (_produce_scales, (
                     scales, scale_ring, full, empty, rows, steps, token_tiles, scale_stride, first, last,
