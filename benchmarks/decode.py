@@ -5,7 +5,8 @@
 A token in three modes: `eager`, as Python runs it; `graph`, a CUDA graph of the eager step; `compiled`, a CUDA graph of the
 step after `torch.compile` of the whole model, the kernels of `generate` with a static cache. `--contexts` are the tokens in
 the cache before the one that is measured; Transformers' default attention (sdpa) reads the whole cache, which has `ROOM`
-more. The output head stays in bf16, as in a quantized checkpoint by default, unless a row names its bits. Medians.
+more. The output head stays in bf16, as in a quantized checkpoint by default, unless a row names its bits. `3.2x mix` has
+layers of 3 to 4+3 bits, as a budget of 3.2x for the whole file gives them: 5.0 stored bits per weight. Medians.
 
 `--profile` adds the device time of a compiled step by group of kernels. Compiling takes half a minute per row, context and
 batch; the same command again finds the kernels in inductor's cache.
@@ -55,7 +56,14 @@ SHAPES = {
 WEIGHTS = (
     *("bf16", "4", "4 fused", "4 fused, head 4+2", "4 fused, head 4"),
     *("4+4", "4+4 fused", "4+4 fused, head 4+4"),
+    *("3.2x mix, head 4+2", "3.2x mix fused, head 4+2"),
 )
+# Bits by projection, in each four consecutive layers. Projections that are fused share theirs.
+_QKV, _GATE_UP = ("4+3", "4+2", "4+2", "4+2"), ("4+1", "4+1", "4", "3")
+MIX = dict(
+    q_proj=_QKV, k_proj=_QKV, v_proj=_QKV, o_proj=("4+2", "4+2", "4+1", "4+2"),
+    gate_proj=_GATE_UP, up_proj=_GATE_UP, down_proj=("4+1", "4+2", "4+1", "4+1"),
+)  # fmt: skip
 MODES = ("eager", "graph", "compiled")
 ROOM = 256  # of the cache: steps that can be measured before it is full
 # Kernels by what their names contain, in this order; the rest are the model's norms, rotary embedding, additions and copies.
@@ -78,9 +86,23 @@ def bits_of(label: str) -> TurboQuantConfig:
     return TurboQuantConfig(bits=int(bits), residual_bits=int(residual_bits or 0))
 
 
+def label_of(body: str, name: str) -> str:
+    """The bits of the linear layer ``name`` in weights called ``body``.
+
+    >>> label_of("4+2 fused", "layers.7.mlp.up_proj"), label_of("3.2x mix", "layers.7.mlp.up_proj")
+    ('4+2', '3')
+    """
+    label = body.split()[0]
+    if label != "3.2x":
+        return label
+    _, layer, _, leaf = name.split(".")
+    return MIX[leaf][int(layer) % 4]
+
+
 def quantized(linear: torch.nn.Module, settings: TurboQuantConfig, device: str) -> TurboQuantLinear:
     """A layer of random codes with the shape of ``linear``, its bias still on the meta device."""
-    planes = random_planes(linear.out_features, linear.in_features, settings.residual_bits, device=device)  # type: ignore[arg-type]
+    shape: tuple[int, int] = (linear.out_features, linear.in_features)  # type: ignore[assignment]
+    planes = random_planes(*shape, settings.bits, settings.residual_bits, device=device)
     return TurboQuantLinear.from_packed(planes, linear.in_features, linear.bias, settings)  # type: ignore[arg-type]
 
 
@@ -91,11 +113,10 @@ def build(shape: str, weights: str, device: str = "cuda") -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     body, _, head = weights.partition(", head ")
     if body != "bf16":
-        settings = bits_of(body.split()[0])
         for name, module in list(model.model.named_modules()):
             if type(module) is torch.nn.Linear:
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.model.get_submodule(parent), leaf, quantized(module, settings, device))
+                setattr(model.model.get_submodule(parent), leaf, quantized(module, bits_of(label_of(body, name)), device))
     if head:
         model.lm_head = quantized(model.lm_head, bits_of(head), device)
     for module in model.modules():

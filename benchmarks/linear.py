@@ -2,6 +2,7 @@
 
     python benchmarks/linear.py --output benchmarks/results/linear-h100.json
     python benchmarks/linear.py --search ...      # times every sensible schedule instead of using the shipped table
+    python benchmarks/linear.py --bits 2 3 4+1 4+2 4+3 ...
 
 CUDA-graph replay over rotating copies of the weights, more than twice the L2 cache in all, so every layer reads its weights
 from memory as it does in a model. Medians, microseconds.
@@ -38,7 +39,16 @@ SHAPES = {
     "72b": ((8192, 8192), (10240, 8192), (59136, 8192), (8192, 29568)),
 }
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
-RESIDUALS = (0, 4)
+BITS = ("4", "4+4")
+
+
+def bits_of(label: str) -> tuple[int, int]:
+    """
+    >>> bits_of("3"), bits_of("4+2")
+    ((3, 0), (4, 2))
+    """
+    bits, _, residual_bits = label.partition("+")
+    return int(bits), int(residual_bits or 0)
 
 
 def tinygemm(weights: list[Tensor]) -> Callable[[int], Callable[[Tensor], Tensor]]:
@@ -63,41 +73,43 @@ def bitsandbytes_nf4(weights: list[Tensor]) -> Callable[[int], Callable[[Tensor]
 PEERS = {"tinygemm": tinygemm, "bitsandbytes": bitsandbytes_nf4}
 
 
-def compile_share(index: int, count: int) -> None:
+def compile_share(labels: list[str], index: int, count: int) -> None:
     """Fills Triton's cache on disk with one worker's share of all variants."""
     jobs = dict.fromkeys(
-        (residual, tokens, schedule._replace(split=2) if getattr(schedule, "split", 1) > 2 else schedule)
-        for residual in RESIDUALS
+        (bits_of(label), tokens, schedule._replace(split=2) if getattr(schedule, "split", 1) > 2 else schedule)
+        for label in labels
         for tokens in (1, 16, 32, 64, 128)
-        for schedule in tune.candidates(tokens, 8192, 8192, residual)
+        for schedule in tune.candidates(tokens, 8192, 8192, *bits_of(label))
     )
-    for residual, tokens, schedule in list(jobs)[index::count]:
+    for bits, tokens, schedule in list(jobs)[index::count]:
         x = torch.randn(tokens, 8192, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(tokens, 1024, device="cuda", dtype=torch.bfloat16)
-        kernels.fused(x, tune.random_planes(1024, 8192, residual), None, out, 8192, 4, residual, 128, 0, schedule)
+        kernels.fused(x, tune.random_planes(1024, 8192, *bits), None, out, 8192, *bits, 128, 0, schedule)
     torch.cuda.synchronize()
 
 
-def scratch_time(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits: int) -> float:
+def scratch_time(x: Tensor, planes: list[PackedWeight], rows: int, bits: tuple[int, int]) -> float:
     out = x.new_empty(x.shape[0], rows)
-    layout = (x.shape[1], 4, residual_bits, 128, 0)
+    layout = (x.shape[1], *bits, 128, 0)
     return tune.graph_time([lambda p=p: kernels.through_scratch(x, p, None, out, *layout) for p in planes])
 
 
-def measure_ours(x: Tensor, planes: list[PackedWeight], rows: int, residual_bits: int, searching: bool) -> dict:
+def measure_ours(x: Tensor, planes: list[PackedWeight], rows: int, bits: tuple[int, int], searching: bool) -> dict:
     tokens, columns = x.shape
-    warp_groups = kernels.has_warp_groups(x.device, residual_bits, columns)
-    if tokens > crossover(4, residual_bits, rows, columns, warp_groups):
-        return dict(ours_us=scratch_time(x, planes, rows, residual_bits), schedule=None)
+    warp_groups = kernels.has_warp_groups(x.device, columns)
+    if tokens > crossover(bits[1], rows, columns, warp_groups):
+        return dict(ours_us=scratch_time(x, planes, rows, bits), schedule=None)
     if searching:
-        schedule, microseconds = tune.tune(tokens, rows, columns, residual_bits, planes)
+        schedule, microseconds = tune.tune(tokens, rows, columns, *bits, planes)
     else:
-        schedule = choose(gpu_name(x.device), tokens, rows, columns, residual_bits, warp_groups)
-        microseconds = tune.schedule_time(x, planes, residual_bits, schedule, 15)
+        schedule = choose(gpu_name(x.device), tokens, rows, columns, *bits, warp_groups)
+        microseconds = tune.schedule_time(x, planes, *bits, schedule, 15)
     return dict(ours_us=microseconds, schedule=list(schedule))
 
 
-def measure(rows: int, columns: int, tokens: tuple[int, ...], searching: bool, copy_gbps: float) -> list[dict]:
+def measure(
+    rows: int, columns: int, tokens: tuple[int, ...], labels: list[str], searching: bool, copy_gbps: float
+) -> list[dict]:
     cells = []
     copies = max(2, min(8, -(-(160 << 20) // (2 * rows * columns))))
     dense = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
@@ -115,12 +127,13 @@ def measure(rows: int, columns: int, tokens: tuple[int, ...], searching: bool, c
         except Exception as error:  # whatever a foreign package raises: a line, and the others go on
             print(f"{name}: skipped for {rows} x {columns}: {error!r:.120}", flush=True)
     del dense
-    for residual_bits in RESIDUALS:
-        planes = tune.cold_copies(rows, columns, residual_bits)
+    for label in labels:
+        bits = bits_of(label)
+        planes = tune.cold_copies(rows, columns, *bits)
         for i, (x, reference) in enumerate(zip(inputs, bf16, strict=True)):
-            ours = measure_ours(x, planes, rows, residual_bits, searching)
+            ours = measure_ours(x, planes, rows, bits, searching)
             rate = planes[0].nbytes / ours["ours_us"] / 1e3
-            cell = dict(rows=rows, columns=columns, residual_bits=residual_bits, tokens=len(x), bf16_us=round(reference, 2))
+            cell = dict(rows=rows, columns=columns, bits=label, tokens=len(x), bf16_us=round(reference, 2))
             cell.update(ours_us=round(ours["ours_us"], 2), speedup=round(reference / ours["ours_us"], 3))
             cell.update(schedule=ours["schedule"], weight_GBps=round(rate), of_copy=round(rate / copy_gbps, 3))
             cell["peers_us"] = {name: times[i] and round(times[i], 2) for name, times in peers.items()}
@@ -143,8 +156,8 @@ def table(report: dict) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     for cell in report["cells"]:
         shape = f"{cell['rows']} x {cell['columns']}"
-        times = {f"4+{cell['residual_bits']}" if cell["residual_bits"] else "4": cell["ours_us"]}
-        if not cell["residual_bits"]:
+        times = {cell["bits"]: cell["ours_us"]}
+        if cell["bits"] == report["cells"][0]["bits"]:  # peers once
             times |= cell["peers_us"]
         for label, time_us in times.items():
             text = f"{cell['bf16_us'] / time_us:.2f} ({time_us:.1f})" if time_us else ""
@@ -186,16 +199,20 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="time all schedules instead of using the shipped table")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["lab", "7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--bits", nargs="+", default=list(BITS), help="of the weights, e.g. 3 4+2")
+    parser.add_argument("--no-peers", action="store_true", help="time bf16 and ours only")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further shape after this time")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/linear.py needs a CUDA GPU")
     started = time.time()
+    if arguments.no_peers:
+        PEERS.clear()
     if arguments.search:
         count = max(1, min(14, (os.cpu_count() or 2) - 2))
         context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=compile_share, args=(i, count)) for i in range(count)]
+        workers = [context.Process(target=compile_share, args=(arguments.bits, i, count)) for i in range(count)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -217,7 +234,9 @@ def main() -> None:
         if time.time() - started > arguments.seconds:
             print(f"{rows} x {columns}: skipped, --seconds is over")
             continue
-        report["cells"] += measure(rows, columns, tuple(arguments.tokens), arguments.search, report["copy_GBps"])
+        report["cells"] += measure(
+            rows, columns, tuple(arguments.tokens), arguments.bits, arguments.search, report["copy_GBps"]
+        )
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             arguments.output.with_suffix(".md").write_text(table(report), encoding="utf-8")

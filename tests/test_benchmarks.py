@@ -230,7 +230,15 @@ def decode_module(benchmark):
 
 
 @pytest.mark.parametrize(
-    ("weights", "products"), [("bf16", 0), ("4", 14), ("4 fused", 8), ("4+4 fused, head 4+4", 9), ("4 fused, head 4+2", 9)]
+    ("weights", "products"),
+    [
+        ("bf16", 0),
+        ("4", 14),
+        ("4 fused", 8),
+        ("4+4 fused, head 4+4", 9),
+        ("4 fused, head 4+2", 9),
+        ("3.2x mix fused, head 4+2", 9),
+    ],
 )
 def test_a_compiled_step_is_one_graph_with_one_op_per_product(benchmark, weights, products) -> None:
     decode = decode_module(benchmark)
@@ -253,6 +261,25 @@ def test_a_compiled_step_is_one_graph_with_one_op_per_product(benchmark, weights
     assert len(ops) == products
     # Fused layers read their joined bias: nothing is put together in a step.
     assert all(node.args[5] is None or node.args[5].op == "placeholder" for node in ops)
+
+
+def test_the_mix_of_a_3_2x_file_has_its_size(benchmark) -> None:
+    """Planes and scales of a decoder layer of 7B: 16 / 3.2 bits per weight, and every width of a budget but the coarsest."""
+    decode = decode_module(benchmark)
+    sizes = decode.SHAPES["7b"]
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    keys = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    shapes = dict(q_proj=hidden * hidden, k_proj=keys * hidden, v_proj=keys * hidden, o_proj=hidden * hidden)
+    shapes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner * hidden)
+    assert shapes.keys() == decode.MIX.keys()
+    stored = total = 0.0
+    for name, weights in shapes.items():
+        for label in decode.MIX[name]:
+            settings = decode.bits_of(label)
+            stored += weights * (settings.bits + settings.residual_bits + 8 / 32)
+            total += weights
+    assert stored / total == pytest.approx(16 / 3.2, rel=0.01)
+    assert {label for labels in decode.MIX.values() for label in labels} == {"3", "4", "4+1", "4+2", "4+3"}
 
 
 def test_the_table_of_decoding(benchmark) -> None:
