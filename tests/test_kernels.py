@@ -173,9 +173,9 @@ def test_assembly_decodes_the_codebook_exactly(bits, residual_bits):
     above = 4 if residual_bits == 0 else bits  # without a residual anything may stand above a code
     words = [nibbles(random.integers(0, 2**above, (8, 4099), dtype=np.uint32)) for _ in range(2)]
     rests = [random.integers(0, 2**residual_bits, (8, 4099), dtype=np.uint32) for _ in range(2)]
-    packed_rests = [nibbles(rest) for rest in rests]
+    packed_rests = [nibbles(rest if residual_bits == 4 else 2 * rest) for rest in rests]
     operands = words + (packed_rests if residual_bits else []) + [np.full_like(words[0], 0x3C003C00)] * 2
-    for table in decode._base_tables(bits):
+    for table in (decode._HIGH.value,) if residual_bits else decode._base_tables(bits):
         operands += [np.full_like(words[0], table & 0xFFFFFFFF)] * 2
     registers = run(decode.assembly(bits, residual_bits), 8, operands)
     table = np.array([float(level) for level in levels(bits, residual_bits)])
@@ -186,39 +186,40 @@ def test_assembly_decodes_the_codebook_exactly(bits, residual_bits):
             assert np.array_equal(halves[8 * w + position], table[code << np.uint32(residual_bits) | rests[w][weight]])
 
 
+def check_widened(got, wanted, kind):
+    """Nibbles of eight columns a word: codes with anything above them or, clean, with zeros; or twice a residual."""
+    for i, field in enumerate(wanted):
+        nibble = (got[i // 8] >> np.uint32(4 * (i % 8))) & np.uint32(7 if kind == "loose" else 15)
+        assert np.array_equal(nibble, field * 2 if kind == "twice" else field)
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("assembly", "bits", "clean"),
+    ("assembly", "bits", "kind"),
     [
-        (decode._WIDEN_1, 1, True),
-        (decode._WIDEN_2, 2, True),
-        (decode._WIDEN_2_LOOSELY, 2, False),
-        (decode._WIDEN_3, 3, True),
-        (decode._WIDEN_3_LOOSELY, 3, False),
+        (decode._CODES_2, 2, "clean"),
+        (decode._CODES_3, 3, "loose"),
+        (decode._CLEAN_CODES_3, 3, "clean"),
+        (decode._RESIDUAL_1, 1, "twice"),
+        (decode._RESIDUAL_2, 2, "twice"),
+        (decode._RESIDUAL_3, 3, "twice"),
     ],
 )
-def test_assembly_widens_a_plane_to_nibbles(assembly, bits, clean):
+def test_assembly_widens_a_plane_to_nibbles(assembly, bits, kind):
     count = 3 if bits == 3 else 1
     words = list(np.random.default_rng(0).integers(0, 2**32, (count, 4099), dtype=np.uint32))
-    check_widened(run(assembly.value, 4 // bits if bits < 3 else 4, words), fields(words, bits), bits, clean)
-
-
-def check_widened(got, wanted, bits, clean):
-    mask = np.uint32(15 if clean else 2**bits - 1)
-    for i, field in enumerate(wanted):
-        assert np.array_equal((got[i // 8] >> np.uint32(4 * (i % 8))) & mask, field)
+    check_widened(run(assembly.value, 2 if bits == 2 else 4, words), fields(words, bits), kind)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("clean", [True, False])
-def test_lanes_hand_one_another_the_words_of_a_plane_of_three_bits(clean):
+@pytest.mark.parametrize(("mask", "kind"), zip(decode.THREES, ("loose", "clean", "twice"), strict=True))
+def test_lanes_hand_one_another_the_words_of_a_plane_of_three_bits(mask, kind):
     """As the copy engine brings them: 12 words of a row and tile, 4 of the next tile's, a fourth in each of four lanes."""
     streamk = pytest.importorskip("turboquant_weights.kernels.streamk")
     tiles = np.random.default_rng(0).integers(0, 2**32, (16, 16), dtype=np.uint32)  # of 64 lanes
     operands = [tiles.reshape(64, 4)[:, i].copy() for i in range(4)] + [np.arange(64, dtype=np.uint32) % 32] * 4
     mine = tiles[:, :12].reshape(64, 3)
-    wanted = fields([mine[:, i].copy() for i in range(3)], 3)
-    check_widened(run(streamk.realigning(clean), 4, operands), wanted, 3, clean)
+    check_widened(run(streamk.realigning(mask), 4, operands), fields([mine[:, i].copy() for i in range(3)], 3), kind)
 
 
 @needs_interpreter

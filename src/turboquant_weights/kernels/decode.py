@@ -79,8 +79,8 @@ def _base_tables(bits: int, to_bits: Callable[[float], int] = _half_bits) -> tup
 # The assembly decodes two 32-bit words of eight codes in a nibble each into eight half2 registers: of each word the weights
 # (0,2), (1,3), (4,6), (5,7), scaled. Operands, each for both words: $0-$7 results (early-clobber: they are written while
 # operands are still to be read), $8 $9 codes, then without a residual $10 the scale twice as half2 and $12 $14 $16 $18 $20
-# the tables; with one $10 $11 the residual, 4 bits per column, and $12 the scale. Without a residual it does not matter what
-# a nibble has above its code.
+# the tables; with one $10 $11 the residual, widened, too, $12 the scale and $14 a byte four times. Without a residual it
+# does not matter what a nibble has above its code.
 _BASE_WORD = """{{
     .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, a, b, c, d;
     and.b32 t, ${word}, {sign}; shr.u32 u, t, {shift}; mul.lo.u32 v, u, {ones};
@@ -108,25 +108,33 @@ def _base_assembly(bits: int) -> str:
     return "".join(_BASE_WORD.format(**word, **_masks(bits)) for word in words)
 
 
-def _nested_word(bits: int, residual_bits: int, codes: str, rest: str) -> list[str]:
-    """The level pairs of the columns (0, 2), (1, 3), (4, 6), (5, 7) of a word in the registers y0 to y3."""
-    r, total = residual_bits, bits + residual_bits
-    keep = f"0x{(0xF << r) * 0x01010101:08x}"
-    offset = _pair(-(1024.0 + 2 ** (total - 1) - 1))
-    step, half = _pair(2.0 ** -(total - 2)), _pair(-(2.0 ** -(total - 1)))
-    coefficients = [_pair(c) for c in POLYNOMIALS[bits, r]]
-    odd = f"mov.b32 o, {codes}" if r == 4 else f"shr.u32 o, {codes}, {4 - r}"
+def _nested_word(bits: int, residual_bits: int, codes: str, rest: str, high: str) -> list[str]:
+    """The level pairs of the columns (0, 2), (1, 3), (4, 6), (5, 7) of a word in the registers y0 to y3; ``high`` holds the
+    high byte of the half 1024 four times. A residual of less than 4 bits comes twice as large as it is.
+
+    Then the bytes of e, for even columns, and o, for odd ones, are indices twice as large, and one FMA makes them x, since
+    1024 + 2**total - 1 is a half. Indices of 4 + 4 bits need an addition first: 1024 + 2**(total - 1) - 0.5 is none.
+    """
+    total, twice = bits + residual_bits, residual_bits < 4
+    shift = residual_bits + twice
+    keep = f"0x{(0xF << shift) * 0x01010101:08x}"
+    odd = f"mov.b32 o, {codes}" if shift == 4 else f"shr.u32 o, {codes}, {4 - shift}"
+    if twice:
+        factor, offset, shifted = 2.0 ** (1 - total), -(1023.0 + 2**total) * 2.0 ** (1 - total), ""
+    else:
+        factor, offset = 2.0 ** (2 - total), -(2.0 ** (1 - total))
+        shifted = f"mov.b32 g, {_pair(-(1023.0 + 2 ** (total - 1)))}; add.rn.f16x2 x, x, g; "
+    coefficients = [_pair(c) for c in POLYNOMIALS[bits, residual_bits]]
     lines = [
-        ".reg .b32 e, o, f, g, x, q, y0, y1, y2, y3, offset, step, half;",
-        f"mov.b32 offset, {offset}; mov.b32 step, {step}; mov.b32 half, {half};",
-        # Bytes of the whole index: even columns in e, odd ones in o.
-        f"shl.b32 e, {codes}, {r}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
+        ".reg .b32 e, f, g, o, q, x, y0, y1, y2, y3, factor, offset;",
+        f"mov.b32 factor, {_pair(factor)}; mov.b32 offset, {_pair(offset)};",
+        f"shl.b32 e, {codes}, {shift}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
         f"{odd}; shr.u32 f, {rest}, 4; lop3.b32 o, o, f, {keep}, 0xE4;",
     ]
     for pair, (source, pick) in enumerate((("e", "0x4140"), ("o", "0x4140"), ("e", "0x4342"), ("o", "0x4342"))):
         y = f"y{pair}"
-        lines.append(f"prmt.b32 x, {source}, 0x64646464, {pick}; add.rn.f16x2 x, x, offset;")
-        lines.append("fma.rn.f16x2 x, x, step, half; mul.rn.f16x2 q, x, x;")
+        lines.append(f"prmt.b32 x, {source}, {high}, {pick}; {shifted}fma.rn.f16x2 x, x, factor, offset;")
+        lines.append("mul.rn.f16x2 q, x, x;")
         lines.append(f"mov.b32 {y}, {coefficients[-2]}; mov.b32 g, {coefficients[-1]}; fma.rn.f16x2 {y}, q, g, {y};")
         lines += [f"mov.b32 g, {c}; fma.rn.f16x2 {y}, {y}, q, g;" for c in coefficients[-3::-1]]
         lines.append(f"mul.rn.f16x2 {y}, {y}, x;")
@@ -136,7 +144,7 @@ def _nested_word(bits: int, residual_bits: int, codes: str, rest: str) -> list[s
 def _nested_assembly(bits: int, residual_bits: int) -> str:
     lines = []
     for word in (0, 1):
-        lines += ["{", *_nested_word(bits, residual_bits, f"${8 + word}", f"${10 + word}")]
+        lines += ["{", *_nested_word(bits, residual_bits, f"${8 + word}", f"${10 + word}", "$14")]
         lines += [f"mul.rn.f16x2 ${4 * word + pair}, y{pair}, $12;" for pair in range(4)] + ["}"]
     return "\n".join(lines)
 
@@ -147,22 +155,33 @@ def assembly(bits: int, residual_bits: int) -> str:
     return _nested_assembly(bits, residual_bits) if residual_bits else _base_assembly(bits)
 
 
-def _spread(bits: int, out: str, clean: bool) -> str:
-    """PTX: eight fields of 2 or 3 bits from the bottom of the register v on to the nibbles of ``out``; those of 2 bits are
-    already four and four in the halves of v. ``clean``: with zeros above each field."""
-    masks = ("0x0000ffff", "0x00ff00ff", "0x0f0f0f0f")
-    lines = []
-    for step in (1, 2) if bits == 2 else (0, 1, 2):
-        target = out if step == 2 else "v"
-        lines.append(f"shl.b32 w, v, {(4 - bits) << (2 - step)}; lop3.b32 {target}, v, w, {masks[step]}, 0xE4;")
-    if clean:
-        lines.append(f"and.b32 {out}, {out}, 0x{((1 << bits) - 1) * 0x11111111:08x};")
-    return " ".join(lines)
+# Widening eight columns to nibbles with the registers t, v and w; ``twice``: to twice their values.
+
+
+def _widened_pairs(out: str, twice: bool = False) -> str:
+    """Of two bits, four in each half of v."""
+    last = "shl.b32 w, v, 3; shl.b32 v, v, 1;" if twice else "shl.b32 w, v, 2;"
+    mask = "0x66666666" if twice else "0x33333333"
+    return f"shl.b32 w, v, 4; or.b32 v, v, w; and.b32 v, v, 0x0f0f0f0f; {last} or.b32 v, v, w; and.b32 {out}, v, {mask};"
+
+
+def _widened_threes(out: str, mask: str) -> str:
+    """Of three bits, from the bottom of v on, or from the next bit on; without a mask with anything above them."""
+    steps = []
+    for shift, lower in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
+        steps.append(f"shl.b32 w, v, {shift}; lop3.b32 {out if shift == 1 else 'v'}, v, w, {lower}, 0xE4;")
+    return " ".join([*steps, f"and.b32 {out}, {out}, {mask};" if mask else ""])
+
+
+_CLEAN, _TWICE = "0x77777777", "0xeeeeeeee"
+# The bits of two columns select the byte that has them, twice as large, four bits apart.
+_SINGLES = "mov.b32 t, 0x22200200;"
 
 
 # For the dequantization: the word of codes $4 -> $0-$3, its eight weights in bfloat16, in the order of the columns. $5 is
 # the factor in float32, $6 a further power of two, twice in bfloat16. Without a residual $7-$11 are the tables, in bfloat16:
-# 8 significant bits times the 6 of a scale, rounded once. With one $7 has the residual of the eight columns.
+# 8 significant bits times the 6 of a scale, rounded once. With one $7 has the residual of the eight columns and $8 a byte
+# four times.
 _BFLOAT_BASE = """{{
     .reg .b32 t, u, v, s, u2, s2, h0, h1, l0, l1, g0, g1, f, zero;
     and.b32 t, {codes}, {sign}; shr.u32 u, t, {shift}; mul.lo.u32 v, u, {ones};
@@ -180,35 +199,37 @@ _BFLOAT_BASE = """{{
     fma.rn.bf16x2 $0, $0, $6, zero; fma.rn.bf16x2 $1, $1, $6, zero;
     fma.rn.bf16x2 $2, $2, $6, zero; fma.rn.bf16x2 $3, $3, $6, zero;
 }}"""
-# Widening the residual of eight columns to 4 bits each.
-_WIDEN = {
-    1: "shl.b32 w, $7, 12; or.b32 r, $7, w; and.b32 r, r, 0x000f000f; shl.b32 w, r, 6; or.b32 r, r, w;"
-    " and.b32 r, r, 0x03030303; shl.b32 w, r, 3; or.b32 r, r, w; and.b32 r, r, 0x11111111;",
-    2: "shl.b32 w, $7, 8; or.b32 r, $7, w; and.b32 r, r, 0x00ff00ff; shl.b32 w, r, 4; or.b32 r, r, w;"
-    " and.b32 r, r, 0x0f0f0f0f; shl.b32 w, r, 2; or.b32 r, r, w; and.b32 r, r, 0x33333333;",
-    3: "mov.b32 v, $7; " + _spread(3, "r", clean=True),
-    4: "mov.b32 r, $7;",
-}
 
 
-def _widened_codes(bits: int, clean: bool) -> tuple[str, list[str]]:
-    """The register that has eight codes in nibbles, and the PTX that puts them there from $4."""
-    if bits == 4:
-        return "$4", []
-    halves = "prmt.b32 v, $4, 0, 0x4140;" if bits == 2 else "mov.b32 v, $4;"
-    return "n", [f"{halves} {_spread(bits, 'n', clean)}"]
+def _widened_codes(bits: int, mask: str) -> str:
+    """Of eight columns, from $4 to n."""
+    return {
+        2: f"prmt.b32 v, $4, 0, 0x4140; {_widened_pairs('n')}",
+        3: f"mov.b32 v, $4; {_widened_threes('n', mask)}",
+        4: "mov.b32 n, $4;",
+    }[bits]
+
+
+def _widened_residual(bits: int) -> str:
+    """Of eight columns, from $7 to r."""
+    return {
+        1: f"mov.b32 v, $7; {_widened_pairs('v')} {_SINGLES} prmt.b32 r, t, 0, v;",
+        2: f"prmt.b32 v, $7, 0, 0x4140; {_widened_pairs('r', twice=True)}",
+        3: f"shl.b32 v, $7, 1; {_widened_threes('r', _TWICE)}",
+        4: "mov.b32 r, $7;",
+    }[bits]
 
 
 def _bfloat_base(bits: int) -> str:
-    codes, lines = _widened_codes(bits, clean=False)
-    base = _BFLOAT_BASE.format(codes=codes, **_masks(bits))
-    return "\n".join(["{ .reg .b32 n, v, w;", *lines, base, "}"]) if lines else base
+    if bits == 4:
+        return _BFLOAT_BASE.format(codes="$4", **_masks(bits))
+    return f"{{ .reg .b32 n, v, w; {_widened_codes(bits, '')}\n{_BFLOAT_BASE.format(codes='n', **_masks(bits))} }}"
 
 
 def _bfloat_nested(bits: int, residual_bits: int) -> str:
-    codes, widening = _widened_codes(bits, clean=True)
-    lines = ["{ .reg .b32 n, r, v, w, zero; .reg .b16 low, high; .reg .f32 a, b, c, d;", _WIDEN[residual_bits], *widening]
-    lines += [*_nested_word(bits, residual_bits, codes, "r"), "mov.b32 zero, 0x80008000;"]
+    lines = ["{ .reg .b32 n, r, t, v, w, zero; .reg .b16 low, high; .reg .f32 a, b, c, d;"]
+    lines += [_widened_codes(bits, _CLEAN), _widened_residual(residual_bits)]
+    lines += [*_nested_word(bits, residual_bits, "n", "r", "$8"), "mov.b32 zero, 0x80008000;"]
     for i in (0, 1):
         for pair, (first, second) in enumerate((("a", "c"), ("b", "d"))):
             lines.append(f"mov.b32 {{low, high}}, y{2 * i + pair}; cvt.f32.f16 {first}, low; cvt.f32.f16 {second}, high;")
@@ -224,64 +245,48 @@ def bfloat_assembly(bits: int, residual_bits: int) -> str:
     return _bfloat_nested(bits, residual_bits) if residual_bits else _bfloat_base(bits)
 
 
-# Widening a plane to 4 bits per column. Two bits: the 16 columns of a word become two words.
-_WIDEN_2 = tl.constexpr(
-    "{ .reg .b32 v, w;"
-    + "".join(
-        f" bfe.u32 v, $2, {16 * i}, 16;"
-        " shl.b32 w, v, 8; or.b32 v, v, w; and.b32 v, v, 0x00ff00ff;"
-        " shl.b32 w, v, 4; or.b32 v, v, w; and.b32 v, v, 0x0f0f0f0f;"
-        f" shl.b32 w, v, 2; or.b32 v, v, w; and.b32 ${i}, v, 0x33333333;"
-        for i in range(2)
-    )
-    + "}"
+# Widening the columns of a word, or, of 3 bits, of three words.
+_HALVES = ("0x4140", "0x4342")  # bring the lower or the upper two bytes each into a half
+
+
+def _widen_2(twice: bool) -> str:
+    words = (f"prmt.b32 v, $2, 0, {half}; {_widened_pairs(f'${i}', twice)}" for i, half in enumerate(_HALVES))
+    return " ".join(["{ .reg .b32 v, w;", *words, "}"])
+
+
+def _widen_1() -> str:
+    lines = [f"{{ .reg .b32 t, v, w; {_SINGLES}"]
+    for i, half in enumerate(_HALVES):
+        lines.append(f"prmt.b32 v, $4, 0, {half}; {_widened_pairs('v')}")
+        lines.append(f"prmt.b32 ${2 * i}, t, 0, v; shr.u32 v, v, 16; prmt.b32 ${2 * i + 1}, t, 0, v;")
+    return " ".join([*lines, "}"])
+
+
+def widen_3(a: str, b: str, c: str, mask: str) -> str:
+    """The words ``a``, ``b`` and ``c`` to $0 to $3, with the registers v and w; ``mask`` is one of the above or empty."""
+    up = mask == _TWICE
+    first = f"shl.b32 v, {a}, 1;" if up else f"mov.b32 v, {a};"
+    second, third = f"shf.r.wrap.b32 v, {a}, {b}, {24 - up};", f"shf.r.wrap.b32 v, {b}, {c}, {16 - up};"
+    windows = (first, second, third, f"shr.u32 v, {c}, {8 - up};")
+    return " ".join(f"{window} {_widened_threes(f'${i}', mask)}" for i, window in enumerate(windows))
+
+
+# Of codes alone, of codes with a residual, and of residuals.
+THREES = "", _CLEAN, _TWICE
+_CODES_3, _CLEAN_CODES_3, _RESIDUAL_3 = (
+    tl.constexpr(f"{{ .reg .b32 v, w; {widen_3('$4', '$5', '$6', mask)} }}") for mask in THREES
 )
-# One bit: each byte, 8 columns, becomes a word.
-_WIDEN_1 = tl.constexpr(
-    "{ .reg .b32 v, w;"
-    + "".join(
-        f" bfe.u32 v, $4, {8 * i}, 8;"
-        " shl.b32 w, v, 12; or.b32 v, v, w; and.b32 v, v, 0x000f000f;"
-        " shl.b32 w, v, 6; or.b32 v, v, w; and.b32 v, v, 0x03030303;"
-        f" shl.b32 w, v, 3; or.b32 v, v, w; and.b32 ${i}, v, 0x11111111;"
-        for i in range(4)
-    )
-    + "}"
-)
-
-
-def _widen_2() -> str:
-    """As above, for codes that need no zeros above them: a byte lookup takes the place of the first step."""
-    halves = (
-        f"prmt.b32 v, $2, 0, {pick}; {_spread(2, f'${i}', clean=False)}" for i, pick in enumerate(("0x4140", "0x4342"))
-    )
-    return " ".join(["{ .reg .b32 v, w;", *halves, "}"])
-
-
-def widen_3(a: str, b: str, c: str, clean: bool) -> str:
-    """Three bits: each 24 bits of the words ``a``, ``b`` and ``c`` become a word, in $0 to $3; v and w are registers."""
-    windows = (
-        f"mov.b32 v, {a};",
-        f"shf.r.wrap.b32 v, {a}, {b}, 24;",
-        f"shf.r.wrap.b32 v, {b}, {c}, 16;",
-        f"shr.u32 v, {c}, 8;",
-    )
-    return " ".join(f"{window} {_spread(3, f'${i}', clean)}" for i, window in enumerate(windows))
-
-
-_WIDEN_2_LOOSELY = tl.constexpr(_widen_2())
-_WIDEN_3, _WIDEN_3_LOOSELY = (
-    tl.constexpr(f"{{ .reg .b32 v, w; {widen_3('$4', '$5', '$6', clean)} }}") for clean in (True, False)
-)
+_CODES_2, _RESIDUAL_2, _RESIDUAL_1 = tl.constexpr(_widen_2(False)), tl.constexpr(_widen_2(True)), tl.constexpr(_widen_1())
 # A scale byte is a half-precision number shifted right by 5, times 2**-12: $2 selects it, twice.
 _SCALE = tl.constexpr(
     "{ .reg .b32 t, c; mov.b32 c, 0x6c006c00; prmt.b32 t, $1, 0, $2; shl.b32 t, t, 5; mul.rn.f16x2 $0, t, c; }"
 )
 _RESULTS = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r"
 _BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 14)
-_NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 6)
+_NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 8)
 _BFLOAT_BASE_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 8)
-_BFLOAT_NESTED_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 4)
+_BFLOAT_NESTED_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 5)
+_HIGH = tl.constexpr(0x64646464)  # the high byte of the half 1024, into whose mantissa an index is planted
 
 
 def _by_bits(to_bits: Callable[[float], int]) -> list[tl.constexpr]:
@@ -304,9 +309,9 @@ def register(WORD: tl.constexpr):
 
 @triton.jit
 def tables(BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
-    """Operands of the base decoder, to be made once per program."""
+    """Operands of the decoder, to be made once per program."""
     if RESIDUAL_BITS > 0:
-        words = (0, 0, 0, 0, 0)
+        words = (register(_HIGH),)
     elif BITS == 4:
         words = (register(_H0[4]), register(_H1[4]), register(_L0[4]), register(_L1[4]), register(_SIGN[4]))
     else:  # no index reaches the second half of a table
@@ -316,9 +321,11 @@ def tables(BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
 
 
 @triton.jit
-def bfloat_tables(BITS: tl.constexpr):
-    """Operands of :func:`bfloat_assembly` without a residual."""
-    if BITS == 4:
+def bfloat_tables(BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
+    """Operands of :func:`bfloat_assembly`."""
+    if RESIDUAL_BITS > 0:
+        words = (register(_HIGH),)
+    elif BITS == 4:
         words = (register(_BH0[4]), register(_BH1[4]), register(_BL0[4]), register(_BL1[4]), register(_SIGN[4]))
     else:
         high, low = register(_BH0[BITS]), register(_BL0[BITS])
@@ -359,23 +366,43 @@ def load_words(address, mask, other, BITS: tl.constexpr, ONCE: tl.constexpr = Tr
 
 
 @triton.jit
-def widen(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, BITS: tl.constexpr, CLEAN: tl.constexpr):
-    """int32 [ROWS, THREADS * BITS], of 3 bits three times [ROWS * THREADS] -> 4 bits per column, int32 [ROWS, THREADS * 4].
-    Unless CLEAN, anything may stand above a field."""
+def _two_words(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    w0, w1 = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+    return tl.join(w0, w1).reshape(ROWS, THREADS * 4)
+
+
+@triton.jit
+def _three_words(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    w0, w1, w2, w3 = tl.inline_asm_elementwise(
+        ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r", [packed[0], packed[1], packed[2]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, THREADS * 4)
+
+
+@triton.jit
+def widen_codes(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, BITS: tl.constexpr, CLEAN: tl.constexpr):
+    """int32 [ROWS, THREADS * BITS], of 3 bits three times [ROWS * THREADS] -> a nibble per column, int32 [ROWS, THREADS *
+    4]. Unless CLEAN, anything may stand above a code."""
     if BITS == 3:
-        ASSEMBLY: tl.constexpr = _WIDEN_3 if CLEAN else _WIDEN_3_LOOSELY
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r", [packed[0], packed[1], packed[2]],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, THREADS * 4)
+        words = _three_words(packed, ROWS, THREADS, _CLEAN_CODES_3 if CLEAN else _CODES_3)
     elif BITS == 2:
-        ASSEMBLY: tl.constexpr = _WIDEN_2 if CLEAN else _WIDEN_2_LOOSELY
-        w0, w1 = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-        words = tl.join(w0, w1).reshape(ROWS, THREADS * 4)
-    elif BITS == 1:
+        words = _two_words(packed, ROWS, THREADS, _CODES_2)
+    else:
+        words = packed
+    return words
+
+
+@triton.jit
+def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
+    """The same for a residual: a nibble has twice its value, unless that is of 4 bits."""
+    if RESIDUAL_BITS == 3:
+        words = _three_words(packed, ROWS, THREADS, _RESIDUAL_3)
+    elif RESIDUAL_BITS == 2:
+        words = _two_words(packed, ROWS, THREADS, _RESIDUAL_2)
+    elif RESIDUAL_BITS == 1:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _WIDEN_1, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+            _RESIDUAL_1, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, THREADS * 4)
     else:
@@ -388,22 +415,22 @@ def decode_words(
     codes, residual, pairs, words, ROWS: tl.constexpr, THREADS: tl.constexpr,
     BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Both planes as :func:`widen` takes them, :func:`scale_pairs` [ROWS, THREADS], :func:`tables` -> half
+    """Both planes as they are widened, :func:`scale_pairs` [ROWS, THREADS], :func:`tables` -> half
     [ROWS, THREADS * 4, 2, 2, 2].
 
     Dimensions: row, (thread, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
     """
     pairs = tl.broadcast_to(tl.expand_dims(pairs, 2), (ROWS, THREADS, 4)).reshape(ROWS, THREADS * 4)
-    codes = widen(codes, ROWS, THREADS, BITS, RESIDUAL_BITS > 0)
+    codes = widen_codes(codes, ROWS, THREADS, BITS, RESIDUAL_BITS > 0)
     refined = codes
     if RESIDUAL_BITS > 0:
-        refined = widen(residual, ROWS, THREADS, RESIDUAL_BITS, True)
+        refined = widen_residual(residual, ROWS, THREADS, RESIDUAL_BITS)
     return decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
 
 
 @triton.jit
 def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """:func:`decode_words` for any share of a thread's words, with 4 bits per column in both planes and a scale per word."""
+    """:func:`decode_words` for any share of a thread's words, with both planes widened and a scale per word."""
     if RESIDUAL_BITS == 0:
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASSEMBLY, _BASE_CONSTRAINTS, [codes, pairs, words[0], words[1], words[2], words[3], words[4]],
@@ -411,7 +438,7 @@ def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEM
         )  # fmt: skip
     else:
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
-            ASSEMBLY, _NESTED_CONSTRAINTS, [codes, refined, pairs], dtype=(tl.float16,) * 8, is_pure=True, pack=2
+            ASSEMBLY, _NESTED_CONSTRAINTS, [codes, refined, pairs, words[0]], dtype=(tl.float16,) * 8, is_pure=True, pack=2
         )  # fmt: skip
     even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
     odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
@@ -429,7 +456,8 @@ def decode_bfloat(codes, rest, times, after, words, RESIDUAL_BITS: tl.constexpr,
         )  # fmt: skip
     else:
         a, b, c, d = tl.inline_asm_elementwise(
-            ASSEMBLY, _BFLOAT_NESTED_CONSTRAINTS, [codes, times, after, rest], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            ASSEMBLY, _BFLOAT_NESTED_CONSTRAINTS, [codes, times, after, rest, words[0]],
+            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
         )  # fmt: skip
     return tl.join(tl.join(a, c), tl.join(b, d))
 

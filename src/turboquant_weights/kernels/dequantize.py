@@ -24,7 +24,7 @@ from .nvidia import wait_for_producer
 
 @triton.jit
 def _load_tile(plane, first, tile, rows, groups, stride, BITS: tl.constexpr, ALIGNED: tl.constexpr):
-    """A plane's words of 32 rows and 128 columns, as ``decode.widen`` takes them."""
+    """A plane's words of 32 rows and 128 columns, for ``decode.decode_words``."""
     UNITS: tl.constexpr = 1 if BITS == 3 else BITS
     word = tl.arange(0, 128) if BITS == 3 else tl.arange(0, 128 * BITS)[None, :]
     row = tl.minimum(first + word // (4 * UNITS), rows - 1).to(tl.int64)
@@ -130,7 +130,7 @@ def dequantize_words_kernel(
     out_row = tl.program_id(0) * 4 + place // 256
     column = tl.program_id(1) * (UNITS * 256) + place % 256
     address = out.to(tl.pointer_type(tl.int32)) + out_row.to(tl.int64) * (out_stride // 2) + column
-    words = bfloat_tables(BITS)
+    words = bfloat_tables(BITS, RESIDUAL_BITS)
     for i in tl.static_range(UNITS):
         times = (scale[i].to(tl.int16) << 5).to(tl.float16, bitcast=True).to(tl.float32) * factor
         octet = packed[i].to(tl.int32)

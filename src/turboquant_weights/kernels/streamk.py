@@ -33,16 +33,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .decode import assembly, decode_wide, power_of_two, scale_pairs, tables, widen, widen_3
+from .decode import THREES, assembly, decode_wide, power_of_two, scale_pairs, tables, widen_3, widen_codes, widen_residual
 from .nvidia import launch_dependents, wait_for_producer
 
 # Strings cannot be handed to the parts of a warp-specialized kernel.
 _ASSEMBLIES = gl.constexpr(tuple(assembly(bits, residual_bits) for bits in (2, 3, 4) for residual_bits in range(5)))
 
 
-def realigning(clean: bool) -> str:
+def realigning(mask: str) -> str:
     """PTX: words 4t to 4t + 3 in $4 to $7 of lane $8 = 4g + t -> the 32 columns of the words 3t to 3t + 2 of its four lanes,
-    widened, in $0 to $3."""
+    as ``decode.widen_3`` widens them, in $0 to $3."""
     # Of the words u1, u2, u3 from the lane before and $4, $5, $6 thread t wants three, from the place 3 - t on.
     late = ("u1", "u2", "u3", "$4")
     early = ("u3", "$4", "$5", "$6")
@@ -51,10 +51,10 @@ def realigning(clean: bool) -> str:
     lines.append("and.b32 v, $8, 2; setp.eq.u32 low, v, 0; and.b32 w, $8, 1; setp.eq.u32 even, w, 0;")
     lines += [f"selp.b32 x{i}, {early[i]}, {late[i]}, low;" for i in range(4)]
     lines += [f"selp.b32 y{i}, x{i + 1}, x{i}, even;" for i in range(3)]
-    return " ".join([*lines, widen_3("y0", "y1", "y2", clean), "}"])
+    return " ".join([*lines, widen_3("y0", "y1", "y2", mask), "}"])
 
 
-_REALIGN, _REALIGN_LOOSELY = gl.constexpr(realigning(True)), gl.constexpr(realigning(False))
+_CODES_3, _CLEAN_CODES_3, _RESIDUAL_3 = (gl.constexpr(realigning(mask)) for mask in THREES)
 _G0, _G1, _G2 = (gl.constexpr(group) for group in range(3))
 
 
@@ -432,15 +432,26 @@ def _planes(ring, stage, WORDS: gl.constexpr, TILES: gl.constexpr, GROUP: gl.con
 
 
 @gluon.jit
-def _widened(words, lane, BITS: gl.constexpr, CLEAN: gl.constexpr):
-    """``decode.widen`` of a tile's words, [64, 4, 4]."""
+def _three_words(words, lane, ASSEMBLY: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [words, lane], dtype=gl.int32, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _codes(words, lane, BITS: gl.constexpr, CLEAN: gl.constexpr):
+    """``decode.widen_codes`` of a tile, [64, 4, 4]."""
     if BITS == 3:
-        ASSEMBLY: gl.constexpr = _REALIGN if CLEAN else _REALIGN_LOOSELY
-        words = gl.inline_asm_elementwise(
-            ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [words, lane], dtype=gl.int32, is_pure=True, pack=4
-        )
+        words = _three_words(words, lane, _CLEAN_CODES_3 if CLEAN else _CODES_3)
     else:
-        words = widen(words, 64, 4, BITS, CLEAN)
+        words = widen_codes(words, 64, 4, BITS, CLEAN)
+    return words.reshape(64, 4, 4)
+
+
+@gluon.jit
+def _residual(words, lane, RESIDUAL_BITS: gl.constexpr):
+    """``decode.widen_residual`` of a tile, [64, 4, 4]."""
+    words = _three_words(words, lane, _RESIDUAL_3) if RESIDUAL_BITS == 3 else widen_residual(words, 64, 4, RESIDUAL_BITS)
     return words.reshape(64, 4, 4)
 
 
@@ -483,11 +494,11 @@ def _consume(
                 rests = _planes(rest_ring, stage, RESIDUAL_BITS, TILES, GROUP, BOXES)
             right = x_ring.index(stage).permute((1, 0))
             for i in gl.static_range(TILES):
-                packed = _widened(codes[i], lane, BITS, RESIDUAL_BITS > 0)
+                packed = _codes(codes[i], lane, BITS, RESIDUAL_BITS > 0)
                 packed = gl.convert_layout(packed, CODES, assert_trivial=True)
                 refined = packed
                 if RESIDUAL_BITS > 0:
-                    refined = _widened(rests[i], lane, RESIDUAL_BITS, True)
+                    refined = _residual(rests[i], lane, RESIDUAL_BITS)
                     refined = gl.convert_layout(refined, CODES, assert_trivial=True)
                 scale = scale_ring.index(stage * TILES + i).slice(GROUP * 64, 64).load(LINES)
                 pairs = gl.expand_dims(scale_pairs(gl.expand_dims(scale, 1), pick), 2).broadcast_to(64, 4, 4)
