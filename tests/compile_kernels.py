@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from turboquant_weights.kernels import decode, dequantize, feedback, integer, rotate, rotating, slices, splitk
-from turboquant_weights.kernels.schedule import streamk_stages
+from turboquant_weights.kernels.schedule import _ROTATION_BYTES, streamk_stages
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
@@ -66,7 +66,8 @@ def check_streamk() -> None:
     tiles = ((32, 2, 4, 1), (64, 2, 4, 2), (128, 2, 4, 0), (128, 3, 4, 4), (256, 2, 4, 4))
     for tile in (*tiles, (64, 2, 2, 0), (64, 2, 3, 0), (128, 3, 4, 3), (256, 2, 3, 3)):
         kernel = build_streamk(*tile)
-        assert kernel.metadata.shared <= 227 << 10
+        beside = _ROTATION_BYTES if tile[0] <= 64 or tile[:2] == (128, 2) else 0  # where there are registers for both
+        assert kernel.metadata.shared + beside <= 227 << 10
         # ptxas says, and nobody sees it, if it has every product of a warp group wait for the one before.
         command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", "-o", "/dev/null", "-"]
         said = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True)

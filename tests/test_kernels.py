@@ -415,6 +415,8 @@ def test_which_tokens_are_routed_at_once(assembly_on_cpu):
     assert not kernels.is_routed_at_once(x[:6].float(), packed, 512, 4, 0, 128, 0)
     odd = packed._replace(codes=torch.nn.functional.pad(packed.codes, (0, 4))[..., :-4])  # rows that begin anywhere
     assert not kernels.is_routed_at_once(x[:6], odd, 512, 4, 0, 128, 0)
+    apart = packed.codes.new_empty(3, 16 * 256 + 8)[:, :-8].unflatten(1, (16, 256)).copy_(packed.codes)  # and matrices
+    assert not kernels.is_routed_at_once(x[:6], packed._replace(codes=apart), 512, 4, 0, 128, 0)
     assert not kernels.is_routed_at_once(torch.cat([x, x]), packed, 512, 4, 0, 128, 0)  # more than a grid's dimension
     assert not kernels.is_routed_at_once(x, packed._replace(codes=packed.codes.repeat(1, 64, 1)), 512, 4, 0, 128, 0)  # many
 
@@ -486,6 +488,16 @@ def test_gradient_of_the_input(n, k, m, residual_bits, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1 << 14)  # in parts
     parts = kernels.linear_input_gradient(grad, packed, k, **layout)
     assert (parts.double() - want).norm() <= 2 * (eager.double() - want).norm() + 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize(("fitting", "step"), [(3, 3), (7, 4), (40, 40), (1000, 66)])
+def test_parts_of_rows_begin_where_assembly_can_read(fitting, step, monkeypatch):
+    """At multiples of 16 bytes of every plane, of which a row of a single bit and 32 columns has four."""
+    packed, _ = layer(66, 32, 4, 1)
+    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", fitting * 64 + 5)
+    parts = list(kernels._row_parts(packed, 64))
+    assert [part.start for part, _ in parts] == list(range(0, 66, step))
+    assert torch.equal(torch.cat([planes.residual for _, planes in parts]), packed.residual)
 
 
 def test_strided_input_and_leading_dimensions():
