@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=0 python benchmarks/instructions.py
 
-All that is in the loop counts: loads, decoding, the matrix product, for one token the rotation of the activation.
+All that is in the loop counts: loads, decoding, the matrix product, and for one token, unless integers are multiplied, the
+rotation of the activation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, rotating, slices, splitk
+from turboquant_weights.kernels import decode, integer, rotating, slices, splitk
 
 WIDTHS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4))
 POINTERS = dict(
@@ -26,6 +27,7 @@ POINTERS = dict(
 )  # fmt: skip
 # Kernel, its tile, and the weights that a thread decodes in a turn of its loop.
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "1 token, integers": (integer.integer_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, REDUCE=True), 2 * 16 * 128 // 32),
     "1 token": (rotating.rotating_kernel, dict(ROWS=16, WARPS=4), 2 * 16 * 128 // 32),
     "2 to 8": (slices.slices_kernel, dict(ROWS=16, WARPS=4, REDUCE=True), 2 * 16 * 128 // 32),
     "9 to 16": (splitk.splitk_kernel, dict(BLOCK_M=16, BLOCK_N=64, STAGES=1, REDUCE=True), 64 * 128 // 128),
@@ -35,6 +37,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
 def machine_code(kernel: Any, constants: dict[str, Any], pointers: dict[str, str]) -> tuple[list[str], int]:
     """Lines of machine code and labels, and registers of a thread."""
     names = kernel.arg_names
+    warps = constants.get("WARPS", 4)
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: pointers.get(name, "fp32" if name == "norm" else "i32") for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -45,7 +48,7 @@ def machine_code(kernel: Any, constants: dict[str, Any], pointers: dict[str, str
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=1))
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=1))
     tools = Path(triton.knobs.nvidia.ptxas.path).parent
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -85,6 +88,9 @@ def main() -> None:
         planes = dict(BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.assembly(bits, residual_bits))
         cells = [f"{bits}+{residual_bits}" if residual_bits else f"{bits}"]
         for name, (kernel, tile, weights) in KERNELS.items():
+            if kernel is integer.integer_kernel and residual_bits:
+                cells.append("")
+                continue
             pointers = POINTERS | dict(x="*bf16") if name == "1 token" else POINTERS
             lines, registers = machine_code(kernel, tile | planes | dict(TAIL=False, HAS_BIAS=True, PDL=True), pointers)
             cells.append(f"{longest_loop(lines) / weights:.2f} ({registers})")

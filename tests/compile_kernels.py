@@ -105,13 +105,14 @@ def main(capability: int) -> None:
         kernel = build(dequantize.dequantize_words_kernel, capability, 8, **words)
         assert "ttg.local_" not in kernel.asm["ttgir"]  # a thread writes what it has read
         build(dequantize.dequantize_kernel, capability, 4, **planes, PDL=pdl)
-    for tail in (True, False):
-        options = dict(ROWS=16, WARPS=2, AHEAD=2, TAIL=tail, REDUCE=True, HAS_BIAS=True, PDL=pdl)
+    for bits, tail in ((4, True), (4, False), (3, True), (2, True)):
+        options = dict(BITS=bits, ROWS=16, WARPS=2, AHEAD=2, TAIL=tail, REDUCE=True, HAS_BIAS=True, PDL=pdl)
         kernel = build(integer.integer_kernel, capability, 2, **options)
         assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
         assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread loads what it decodes
-        # Two tiles of eight words, four lookups each, and few for the rest: no byte is taken out of its word.
-        assert kernel.asm["ptx"].count("prmt.b32") == 64
+        # Two tiles of eight words, four lookups each, and few for the rest: no byte is taken out of its word. Two bits are
+        # widened by one more.
+        assert kernel.asm["ptx"].count("prmt.b32") == (80 if bits == 2 else 64)
     activations = POINTERS | dict(x="*bf16")
     build(integer.rotate_bytes_kernel, capability, 4, activations | dict(out="*fp16"), TILES=16, PDL=pdl)
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)

@@ -187,10 +187,12 @@ def test_assembly_decodes_the_codebook_exactly(bits, residual_bits):
 
 
 def check_widened(got, wanted, kind):
-    """Nibbles of eight columns a word: codes with anything above them or, clean, with zeros; or twice a residual."""
+    """Nibbles of eight columns a word: codes with anything above them or, clean, with zeros; those of 3 bits with anything
+    below them, those of 2 with zeros; or twice a residual."""
+    mask, factor = {"loose": (7, 1), "clean": (15, 1), "top 3": (14, 2), "top 2": (15, 4), "twice": (15, 2)}[kind]
     for i, field in enumerate(wanted):
-        nibble = (got[i // 8] >> np.uint32(4 * (i % 8))) & np.uint32(7 if kind == "loose" else 15)
-        assert np.array_equal(nibble, field * 2 if kind == "twice" else field)
+        nibble = (got[i // 8] >> np.uint32(4 * (i % 8))) & np.uint32(mask)
+        assert np.array_equal(nibble, field * np.uint32(factor))
 
 
 @needs_interpreter
@@ -203,6 +205,8 @@ def check_widened(got, wanted, kind):
         (decode._RESIDUAL_1, 1, "twice"),
         (decode._RESIDUAL_2, 2, "twice"),
         (decode._RESIDUAL_3, 3, "twice"),
+        (integer._TOP_2, 2, "top 2"),
+        (integer._TOP_3, 3, "top 3"),
     ],
 )
 def test_assembly_widens_a_plane_to_nibbles(assembly, bits, kind):
@@ -212,28 +216,31 @@ def test_assembly_widens_a_plane_to_nibbles(assembly, bits, kind):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("mask", "kind"), zip(decode.THREES, ("loose", "clean", "twice"), strict=True))
-def test_lanes_hand_one_another_the_words_of_a_plane_of_three_bits(mask, kind):
+@pytest.mark.parametrize(("three", "kind"), zip(decode.THREES, ("loose", "clean", "twice"), strict=True))
+def test_lanes_hand_one_another_the_words_of_a_plane_of_three_bits(three, kind):
     """As the copy engine brings them: 12 words of a row and tile, 4 of the next tile's, a fourth in each of four lanes."""
     streamk = pytest.importorskip("turboquant_weights.kernels.streamk")
     tiles = np.random.default_rng(0).integers(0, 2**32, (16, 16), dtype=np.uint32)  # of 64 lanes
     operands = [tiles.reshape(64, 4)[:, i].copy() for i in range(4)] + [np.arange(64, dtype=np.uint32) % 32] * 4
     mine = tiles[:, :12].reshape(64, 3)
-    check_widened(run(streamk.realigning(mask), 4, operands), fields([mine[:, i].copy() for i in range(3)], 3), kind)
+    check_widened(run(streamk.realigning(*three), 4, operands), fields([mine[:, i].copy() for i in range(3)], 3), kind)
 
 
 @needs_interpreter
-def test_integer_assembly_decodes_the_codebook_exactly():
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_integer_assembly_decodes_the_codebook_exactly(bits):
+    """Codes are at the top of a nibble, with anything below them."""
     random = np.random.default_rng(0)
     words = [random.integers(0, 2**32, 4099, dtype=np.uint32) for _ in range(4)]
-    tables = [np.full_like(words[0], word & 0xFFFFFFFF) for word in (*integer.NEGATIVE, *integer.POSITIVE) for _ in range(4)]
+    tables = [np.full_like(words[0], word & 0xFFFFFFFF) for word in integer.tables(bits) for _ in range(4)]
     registers = [r.view(np.int8).reshape(-1, 4) for r in run(integer.assembly(), 16, words + tables)]
-    table = np.array([float(level) for level in levels(4, 0)])
+    table = np.array([float(level) for level in levels(bits, 0)])
     for p, word in enumerate(words):
         for half in (0, 1):
             c = registers[4 * p + half].astype(int) + registers[4 * p + 2 + half]
             for i in range(4):
-                assert np.array_equal(c[:, i] + 0.5, table[(word >> np.uint32(16 * half + 4 * i)) & 15])
+                code = ((word >> np.uint32(16 * half + 4 * i)) & 15) >> np.uint32(4 - bits)
+                assert np.array_equal(c[:, i] + 0.5, table[code])
 
 
 def test_assembly_results_share_no_register_with_operands():
@@ -281,21 +288,23 @@ INTEGERS = [Integer(16, 2, 1, 2), Integer(16, 4, 1, 2), Integer(32, 2, 2, 2), In
 
 @needs_interpreter
 @pytest.mark.parametrize("chosen", INTEGERS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     ("n", "k", "group_size"), [(67, 1024, 128), (33, 896, 64), (40, 288, 32), (16, 32, 128), (65, 100, 64)]
 )
-def test_integers(n, k, group_size, chosen, assembly_on_cpu):
+def test_integers(n, k, group_size, bits, chosen, assembly_on_cpu):
     """Whole turns, a missing turn, missing parts of a tile and of a scale."""
-    check(*inputs(1, n, k), n, k, 4, 0, group_size, seed=5, function=scheduled(chosen))
+    check(*inputs(1, n, k), n, k, bits, 0, group_size, seed=5, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 8, 1, 2), Integer(16, 2, 6, 4)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_integers_on_a_gpu(dtype, chosen):
+def test_integers_on_a_gpu(dtype, bits, chosen):
     for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32), (65, 100), (4608, 3584)):
-        check(*inputs(1, n, k, dtype), n, k, 4, 0, function=scheduled(chosen))
+        check(*inputs(1, n, k, dtype), n, k, bits, 0, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
@@ -630,10 +639,9 @@ def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path)
         else:
             with pytest.raises(ScheduleError, match="one integer or four are for 1 token, two are for at most 8"):
                 schedule.read(path)
-    for other in (dict(residual_bits=4), dict(bits=3)):
-        path.write_text(json.dumps([entry | other | dict(tokens=1, schedule=four)]))
-        with pytest.raises(ScheduleError, match="four integers are for layers of 4 bits without a residual"):
-            schedule.read(path)
+    path.write_text(json.dumps([entry | dict(residual_bits=4, tokens=1, schedule=four)]))
+    with pytest.raises(ScheduleError, match="four integers are for layers without a residual"):
+        schedule.read(path)
 
 
 def test_extreme_row_exponents():
@@ -703,8 +711,8 @@ def test_heuristic_covers_everything():
                     assert tokens == 1
                     assert rows * columns >= 1 << 23
                     assert chosen.split == 1 or 2 * chosen.split * chosen.warps <= tiles
-                    for other in ((4, 4), (3, 0), (2, 0)):  # it knows 4 bits and no residual
-                        assert not isinstance(choose("none", tokens, rows, columns, *other), Integer)
+                    assert choose("none", tokens, rows, columns, 3, 0) == chosen
+                    assert choose("none", tokens, rows, columns, 4, 4) != chosen  # it has no residual
                 elif isinstance(chosen, Rotating):
                     assert tokens == 1
                     assert 1 <= chosen.warps <= max(2, tiles)

@@ -155,25 +155,24 @@ def assembly(bits: int, residual_bits: int) -> str:
     return _nested_assembly(bits, residual_bits) if residual_bits else _base_assembly(bits)
 
 
-# Widening eight columns to nibbles with the registers t, v and w; ``twice``: to twice their values.
+# Widening eight columns to nibbles with the registers t, v and w; ``up``: so many places above the bottom of a nibble.
 
 
-def _widened_pairs(out: str, twice: bool = False) -> str:
+def _widened_pairs(out: str, up: int = 0) -> str:
     """Of two bits, four in each half of v."""
-    last = "shl.b32 w, v, 3; shl.b32 v, v, 1;" if twice else "shl.b32 w, v, 2;"
-    mask = "0x66666666" if twice else "0x33333333"
-    return f"shl.b32 w, v, 4; or.b32 v, v, w; and.b32 v, v, 0x0f0f0f0f; {last} or.b32 v, v, w; and.b32 {out}, v, {mask};"
+    last = f"shl.b32 w, v, {2 + up}; shl.b32 v, v, {up};" if up else "shl.b32 w, v, 2;"
+    last += f" or.b32 v, v, w; and.b32 {out}, v, 0x{0x33333333 << up:08x};"
+    return f"shl.b32 w, v, 4; or.b32 v, v, w; and.b32 v, v, 0x0f0f0f0f; {last}"
 
 
 def _widened_threes(out: str, mask: str) -> str:
-    """Of three bits, from the bottom of v on, or from the next bit on; without a mask with anything above them."""
+    """Of three bits, from the bottom of v on, or from the next bit on; without a mask anything may stand beside them."""
     steps = []
     for shift, lower in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
         steps.append(f"shl.b32 w, v, {shift}; lop3.b32 {out if shift == 1 else 'v'}, v, w, {lower}, 0xE4;")
     return " ".join([*steps, f"and.b32 {out}, {out}, {mask};" if mask else ""])
 
 
-_CLEAN, _TWICE = "0x77777777", "0xeeeeeeee"
 # The bits of two columns select the byte that has them, twice as large, four bits apart.
 _SINGLES = "mov.b32 t, 0x22200200;"
 
@@ -214,8 +213,8 @@ def _widened_residual(bits: int) -> str:
     """Of eight columns, from $7 to r."""
     return {
         1: f"mov.b32 v, $7; {_widened_pairs('v')} {_SINGLES} prmt.b32 r, t, 0, v;",
-        2: f"prmt.b32 v, $7, 0, 0x4140; {_widened_pairs('r', twice=True)}",
-        3: f"shl.b32 v, $7, 1; {_widened_threes('r', _TWICE)}",
+        2: f"prmt.b32 v, $7, 0, 0x4140; {_widened_pairs('r', up=1)}",
+        3: f"shl.b32 v, $7, 1; {_widened_threes('r', '0xeeeeeeee')}",
         4: "mov.b32 r, $7;",
     }[bits]
 
@@ -228,7 +227,7 @@ def _bfloat_base(bits: int) -> str:
 
 def _bfloat_nested(bits: int, residual_bits: int) -> str:
     lines = ["{ .reg .b32 n, r, t, v, w, zero; .reg .b16 low, high; .reg .f32 a, b, c, d;"]
-    lines += [_widened_codes(bits, _CLEAN), _widened_residual(residual_bits)]
+    lines += [_widened_codes(bits, "0x77777777"), _widened_residual(residual_bits)]
     lines += [*_nested_word(bits, residual_bits, "n", "r", "$8"), "mov.b32 zero, 0x80008000;"]
     for i in (0, 1):
         for pair, (first, second) in enumerate((("a", "c"), ("b", "d"))):
@@ -249,8 +248,8 @@ def bfloat_assembly(bits: int, residual_bits: int) -> str:
 _HALVES = ("0x4140", "0x4342")  # bring the lower or the upper two bytes each into a half
 
 
-def _widen_2(twice: bool) -> str:
-    words = (f"prmt.b32 v, $2, 0, {half}; {_widened_pairs(f'${i}', twice)}" for i, half in enumerate(_HALVES))
+def widen_2(up: int) -> str:
+    words = (f"prmt.b32 v, $2, 0, {half}; {_widened_pairs(f'${i}', up)}" for i, half in enumerate(_HALVES))
     return " ".join(["{ .reg .b32 v, w;", *words, "}"])
 
 
@@ -262,21 +261,20 @@ def _widen_1() -> str:
     return " ".join([*lines, "}"])
 
 
-def widen_3(a: str, b: str, c: str, mask: str) -> str:
-    """The words ``a``, ``b`` and ``c`` to $0 to $3, with the registers v and w; ``mask`` is one of the above or empty."""
-    up = mask == _TWICE
+def widen_3(a: str, b: str, c: str, up: int, mask: str) -> str:
+    """The words ``a``, ``b`` and ``c`` to $0 to $3, with the registers v and w."""
     first = f"shl.b32 v, {a}, 1;" if up else f"mov.b32 v, {a};"
     second, third = f"shf.r.wrap.b32 v, {a}, {b}, {24 - up};", f"shf.r.wrap.b32 v, {b}, {c}, {16 - up};"
     windows = (first, second, third, f"shr.u32 v, {c}, {8 - up};")
     return " ".join(f"{window} {_widened_threes(f'${i}', mask)}" for i, window in enumerate(windows))
 
 
-# Of codes alone, of codes with a residual, and of residuals.
-THREES = "", _CLEAN, _TWICE
+# Place and mask of codes alone, of codes with a residual, and of residuals.
+THREES = (0, ""), (0, "0x77777777"), (1, "0xeeeeeeee")
 _CODES_3, _CLEAN_CODES_3, _RESIDUAL_3 = (
-    tl.constexpr(f"{{ .reg .b32 v, w; {widen_3('$4', '$5', '$6', mask)} }}") for mask in THREES
+    tl.constexpr(f"{{ .reg .b32 v, w; {widen_3('$4', '$5', '$6', *three)} }}") for three in THREES
 )
-_CODES_2, _RESIDUAL_2, _RESIDUAL_1 = tl.constexpr(_widen_2(False)), tl.constexpr(_widen_2(True)), tl.constexpr(_widen_1())
+_CODES_2, _RESIDUAL_2, _RESIDUAL_1 = tl.constexpr(widen_2(0)), tl.constexpr(widen_2(1)), tl.constexpr(_widen_1())
 # A scale byte is a half-precision number shifted right by 5, times 2**-12: $2 selects it, twice.
 _SCALE = tl.constexpr(
     "{ .reg .b32 t, c; mov.b32 c, 0x6c006c00; prmt.b32 t, $1, 0, $2; shl.b32 t, t, 5; mul.rn.f16x2 $0, t, c; }"
@@ -366,13 +364,13 @@ def load_words(address, mask, other, BITS: tl.constexpr, ONCE: tl.constexpr = Tr
 
 
 @triton.jit
-def _two_words(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def two_words(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, ASSEMBLY: tl.constexpr):
     w0, w1 = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
     return tl.join(w0, w1).reshape(ROWS, THREADS * 4)
 
 
 @triton.jit
-def _three_words(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def three_words(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, ASSEMBLY: tl.constexpr):
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
         ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r", [packed[0], packed[1], packed[2]],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
@@ -385,9 +383,9 @@ def widen_codes(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, BITS: tl.cons
     """int32 [ROWS, THREADS * BITS], of 3 bits three times [ROWS * THREADS] -> a nibble per column, int32 [ROWS, THREADS *
     4]. Unless CLEAN, anything may stand above a code."""
     if BITS == 3:
-        words = _three_words(packed, ROWS, THREADS, _CLEAN_CODES_3 if CLEAN else _CODES_3)
+        words = three_words(packed, ROWS, THREADS, _CLEAN_CODES_3 if CLEAN else _CODES_3)
     elif BITS == 2:
-        words = _two_words(packed, ROWS, THREADS, _CODES_2)
+        words = two_words(packed, ROWS, THREADS, _CODES_2)
     else:
         words = packed
     return words
@@ -397,9 +395,9 @@ def widen_codes(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, BITS: tl.cons
 def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
     """The same for a residual: a nibble has twice its value, unless that is of 4 bits."""
     if RESIDUAL_BITS == 3:
-        words = _three_words(packed, ROWS, THREADS, _RESIDUAL_3)
+        words = three_words(packed, ROWS, THREADS, _RESIDUAL_3)
     elif RESIDUAL_BITS == 2:
-        words = _two_words(packed, ROWS, THREADS, _RESIDUAL_2)
+        words = two_words(packed, ROWS, THREADS, _RESIDUAL_2)
     elif RESIDUAL_BITS == 1:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             _RESIDUAL_1, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1

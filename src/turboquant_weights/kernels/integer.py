@@ -1,4 +1,4 @@
-"""The fused matmul for one token and 4-bit codes on the integer tensor cores: half the instructions of ``rotating.py``.
+"""The fused matmul for one token and no residual on the integer tensor cores: half the instructions of ``rotating.py``.
 
 A level is ``c + 0.5`` times a scale with ``c`` a signed byte (codebook.py), so the tensor cores can add bytes times bytes,
 and the scale follows once for the 32 columns that share it, instead of once per weight.
@@ -7,7 +7,8 @@ and the scale follows once for the 32 columns that share it, instead of once per
 set it gives the sign of that byte instead, eight times. Negative levels, which have codes below 8, are in one table,
 positive ones, after flipping that bit, in another. The first gives -1 for a code that is not its own, the second, whose
 bytes are positive, 0. So ``c`` is the sum of the two, if the positive bytes are one too large, and the tensor cores add it
-up, which have nothing better to do. That is 7 instructions for 8 weights.
+up, which have nothing better to do. That is 7 instructions for 8 weights. Codes of 2 and 3 bits are widened to the top of a
+nibble; what is below them does not matter, because the tables repeat their entries.
 
 **Activations** are even integers ``v`` of 16 bits times a factor for each 32 columns, so that outliers cost the precision of
 their neighbours only. A product takes two bytes, ``v = 256 * high + low``, and half a sum of even numbers, which the 0.5 of
@@ -26,13 +27,13 @@ import triton
 import triton.language as tl
 
 from ..codebook import HALF_INTEGER_LEVELS
-from .decode import register
+from .decode import load_words, register, three_words, two_words, widen_2, widen_3
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
+from .slices import locate
 
 BYTES_TILES = 16  # of a program of `rotate_bytes_kernel`: the fewest rows of a matrix product
 META_BYTES = 32  # of a tile of 128 activations, beside its 256 bytes
-_LEVELS = [int(level) for level in HALF_INTEGER_LEVELS[4]]
 _MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23 in float32
 _MAGIC_FLOAT = tl.constexpr(1.5 * 2.0**23)
 _CORRECTION = tl.constexpr(-1.5 * 2.0**23)
@@ -50,8 +51,17 @@ def table(values: list[int]) -> tuple[int, int]:
     return first, second
 
 
-NEGATIVE, POSITIVE = table([~c for c in reversed(_LEVELS)]), table([c + 1 for c in _LEVELS])
-_N0, _N1, _P0, _P1 = (tl.constexpr(word) for word in (*NEGATIVE, *POSITIVE))
+def tables(bits: int) -> tuple[int, ...]:
+    """The negative and the positive levels' bytes, two words each."""
+    levels = [int(level) for level in HALF_INTEGER_LEVELS[bits] for _ in range(8 // len(HALF_INTEGER_LEVELS[bits]))]
+    return *table([~c for c in reversed(levels)]), *table([c + 1 for c in levels])
+
+
+_N0, _N1, _P0, _P1 = (
+    tl.constexpr(words) for words in zip(*(tables(max(bits, 2)) for bits in range(5)), strict=True)
+)  # by bits
+_TOP_2 = tl.constexpr(widen_2(2))
+_TOP_3 = tl.constexpr(f"{{ .reg .b32 v, w; {widen_3('$4', '$5', '$6', 1, '')} }}")
 
 
 def assembly() -> str:
@@ -82,8 +92,12 @@ def _join8(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def _levels(codes, words, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """int32 [ROWS / 8, threads * 4] -> two left operands int8 [WARPS, ROWS, 128], whose sum is ``c``."""
+def _levels(codes, words, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr):
+    """:func:`decode.load_words` -> two left operands int8 [WARPS, ROWS, 128], whose sum is ``c``."""
+    if BITS == 3:
+        codes = three_words(codes, ROWS // 8, WARPS * 32, _TOP_3)
+    elif BITS == 2:
+        codes = two_words(codes, ROWS // 8, WARPS * 32, _TOP_2)
     (n0, n1, p0, p1, n2, n3, p2, p3, n4, n5, p4, p5, n6, n7, p6, p7) = tl.inline_asm_elementwise(
         _ASSEMBLY, _CONSTRAINTS, [codes, words[0], words[1], words[2], words[3]],
         dtype=(tl.int8,) * 16, is_pure=True, pack=4,
@@ -110,17 +124,15 @@ def _right(values, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _fetch(planes, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
+def _fetch(planes, step, THREADS: tl.constexpr, BITS: tl.constexpr, TAIL: tl.constexpr):
     """Codes and scale bytes of the tile ``step`` turns ahead; zeros beyond ``groups``."""
     code_address, scale_address, code_group, scale_group, groups = planes
     if TAIL:
         ahead = groups - step * (THREADS // 8)
-        codes = tl.load(
-            code_address + step * (THREADS // 2), mask=(code_group < ahead)[None, :], other=0, eviction_policy="evict_first"
-        )
+        codes = load_words(code_address + step * (THREADS // 8 * BITS), code_group < ahead, 0, BITS)
         scale = tl.load(scale_address + step * (THREADS // 8), mask=(scale_group < ahead)[None, :], other=0)
     else:
-        codes = tl.load(code_address + step * (THREADS // 2), eviction_policy="evict_first")
+        codes = load_words(code_address + step * (THREADS // 8 * BITS), None, None, BITS)
         scale = tl.load(scale_address + step * (THREADS // 8))
     return codes, scale
 
@@ -139,10 +151,10 @@ def _fetch_token(token, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constexpr):
+def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr):
     """The product of a warp's tile, float32 [WARPS, ROWS, (t, byte)]."""
     codes, scale = fetched
-    negative, positive = _levels(codes, words, ROWS, WARPS)
+    negative, positive = _levels(codes, words, ROWS, WARPS, BITS)
     sums = tl.full((WARPS, ROWS, 8), _MAGIC, tl.int32)
     sums = tl.dot(negative, right, sums, out_dtype=tl.int32)
     sums = tl.dot(positive, right, sums, out_dtype=tl.int32)
@@ -164,8 +176,8 @@ def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constex
 def integer_kernel(
     x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
     rows, groups, tiles, code_stride, scale_stride, splits,
-    HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    REDUCE: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    AHEAD: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, split): ``ROWS`` rows with ``AHEAD`` tiles of each warp in flight. ``x`` is from
     ``rotate_bytes_kernel``; the rest, and how loads are kept ahead of their use, is as in ``slices.py``. No residual."""
@@ -174,16 +186,14 @@ def integer_kernel(
     split = tl.program_id(1)
     turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
-    words = register(_N0), register(_N1), register(_P0), register(_P1)
+    words = register(_N0[BITS]), register(_N1[BITS]), register(_P0[BITS]), register(_P1[BITS])
     # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
     octet = tl.arange(0, ROWS // 8)[:, None] * 8 + tile_n * ROWS
     word = tl.arange(0, THREADS * 4)
     thread = tl.arange(0, THREADS)
-    code_row = tl.minimum(octet + ((word // 16) % 8)[None, :], rows - 1).to(tl.int64)
     scale_row = tl.minimum(octet + ((thread // 4) % 8)[None, :], rows - 1).to(tl.int64)
-    code_group = (first + word // 128) * 4 + (word // 4) % 4
     scale_group = (first + thread // 32) * 4 + thread % 4
-    code_address = codes.to(tl.pointer_type(tl.int32)) + code_row * (code_stride // 4) + (code_group * 4 + word % 4)[None, :]
+    code_address, code_group = locate(codes, first, tile_n * ROWS, rows, code_stride, ROWS // 8, THREADS, BITS, BITS == 4)
     scale_address = scales + scale_row * scale_stride + scale_group[None, :]
     planes = code_address, scale_address, code_group, scale_group, groups
     # Activations: thread (g, t) loads 32 bytes, if g is t's column of the high or of the low bytes.
@@ -198,11 +208,11 @@ def integer_kernel(
     prefetch(exponents + tile_n * ROWS)
     if HAS_BIAS:
         prefetch(bias + tile_n * ROWS)
-    slots = (_fetch(planes, 0, THREADS, TAIL),)
+    slots = (_fetch(planes, 0, THREADS, BITS, TAIL),)
     for i in tl.static_range(1, AHEAD):
         slot = slots[0]
         if i < turns:
-            slot = _fetch(planes, i, THREADS, TAIL)
+            slot = _fetch(planes, i, THREADS, BITS, TAIL)
         slots = slots + (slot,)  # type: ignore[assignment]  # noqa: RUF005 Triton knows no stars
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
@@ -216,9 +226,9 @@ def integer_kernel(
                 if turn + i + 1 < turns:
                     following = _fetch_token(token, turn + i + 1, THREADS, TAIL)
                 slot = slots[i]
-                acc += _multiply(slot, right, meta, words, ROWS, WARPS)
+                acc += _multiply(slot, right, meta, words, ROWS, WARPS, BITS)
                 if turn + i + AHEAD < turns:
-                    slot = _fetch(planes, turn + i + AHEAD, THREADS, TAIL)
+                    slot = _fetch(planes, turn + i + AHEAD, THREADS, BITS, TAIL)
                 slots = slots[:i] + (slot,) + slots[i + 1 :]  # noqa: RUF005
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()

@@ -382,12 +382,12 @@ def _plan(
     if isinstance(schedule, Integer):
         assert tokens == 1
         assert decoder
-        assert (bits, residual_bits) == (4, 0)
+        assert not residual_bits
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
         order = NATURAL
         arguments = (
-            *(rows, groups, tiles, strides[0], strides[2], split, has_bias, tail),
+            *(rows, groups, tiles, strides[0], strides[2], split, bits, has_bias, tail),
             *(schedule.rows, schedule.warps, schedule.ahead, split > 1, pdl),
         )
         product = _Launch(integer_kernel, (slots, split, 1), arguments, schedule.warps, pdl)

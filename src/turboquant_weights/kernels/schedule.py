@@ -33,7 +33,7 @@ class Slices(NamedTuple):
 
 
 class Integer(NamedTuple):
-    """``integer.py``: one token, 4 bits, no residual, ``rows`` rows per program, ``warps * split`` slices of the columns,
+    """``integer.py``: one token, no residual, ``rows`` rows per program, ``warps * split`` slices of the columns,
     ``ahead`` tiles of each warp in flight."""
 
     rows: int
@@ -204,8 +204,8 @@ def read(path: Path) -> dict[str, dict[Layer, dict[int, tuple[int, ...]]]]:
                 raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1 to 5 positive integers")
             if tokens > _MOST_OF_KIND.get(len(schedule), tokens):
                 raise ValueError(f"{entry}: one integer or four are for 1 token, two are for at most {_MOST_OF_KIND[2]}")
-            if _KINDS[len(schedule)] is Integer and layer[2:] != (4, 0):
-                raise ValueError(f"{entry}: four integers are for layers of 4 bits without a residual")
+            if _KINDS[len(schedule)] is Integer and layer[3]:
+                raise ValueError(f"{entry}: four integers are for layers without a residual")
             table.setdefault(str(entry["gpu"]), {}).setdefault(layer, {})[int(entry["tokens"])] = schedule
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
@@ -242,7 +242,7 @@ def choose(
                 schedule = _KINDS[len(entry)](*entry)
                 if not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns)):
                     return schedule
-        if tokens == 1 and (bits, residual_bits) == (4, 0) and _is_for_integers(rows, columns):
+        if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
             return _integer(rows, columns)
         # Rotating takes registers, which a residual needs, too: over long rows two launches are faster then.
         if tokens == 1 and (not residual_bits or columns <= _ROTATING_COLUMNS):

@@ -40,7 +40,7 @@ from .nvidia import launch_dependents, wait_for_producer
 _ASSEMBLIES = gl.constexpr(tuple(assembly(bits, residual_bits) for bits in (2, 3, 4) for residual_bits in range(5)))
 
 
-def realigning(mask: str) -> str:
+def realigning(up: int, mask: str) -> str:
     """PTX: words 4t to 4t + 3 in $4 to $7 of lane $8 = 4g + t -> the 32 columns of the words 3t to 3t + 2 of its four lanes,
     as ``decode.widen_3`` widens them, in $0 to $3."""
     # Of the words u1, u2, u3 from the lane before and $4, $5, $6 thread t wants three, from the place 3 - t on.
@@ -51,10 +51,10 @@ def realigning(mask: str) -> str:
     lines.append("and.b32 v, $8, 2; setp.eq.u32 low, v, 0; and.b32 w, $8, 1; setp.eq.u32 even, w, 0;")
     lines += [f"selp.b32 x{i}, {early[i]}, {late[i]}, low;" for i in range(4)]
     lines += [f"selp.b32 y{i}, x{i + 1}, x{i}, even;" for i in range(3)]
-    return " ".join([*lines, widen_3("y0", "y1", "y2", mask), "}"])
+    return " ".join([*lines, widen_3("y0", "y1", "y2", up, mask), "}"])
 
 
-_CODES_3, _CLEAN_CODES_3, _RESIDUAL_3 = (gl.constexpr(realigning(mask)) for mask in THREES)
+_CODES_3, _CLEAN_CODES_3, _RESIDUAL_3 = (gl.constexpr(realigning(*three)) for three in THREES)
 _G0, _G1, _G2 = (gl.constexpr(group) for group in range(3))
 
 

@@ -105,7 +105,7 @@ def candidates(
     out: list[Schedule] = []
     if tokens == 1:
         out += [Rotating(warps) for warps in (1, 2, 4, 8) if warps == 1 or 2 * warps <= tiles]
-    if tokens == 1 and (bits, residual_bits) == (4, 0):
+    if tokens == 1 and not residual_bits:
         for height, warps in itertools.product((16, 32), (2, 4, 8)):
             for split in _SPLITS:
                 total = -(-rows // height) * warps * split
