@@ -95,12 +95,14 @@ def main(capability: int) -> None:
         kernel = build(slices.slices_kernel, capability, 4, **few, **common)
         assert "mma.sync" in kernel.asm["ptx"]
         assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+        assert kernel.metadata.shared <= 4096  # and nothing but sums crosses shared memory
         one = dict(few, PDL=pdl)
         raw = POINTERS | dict(x="*bf16", experts="*i64")
         for function, options in ((rotating.rotating_kernel, dict(HAS_BIAS=True)), (rotating.routed_kernel, {})):
             for tail in tails:
                 kernel = build(function, capability, 4, raw, **(one | options | dict(TAIL=tail)))
                 assert "ttg.local_" not in kernel.asm["ttgir"]  # what is rotated stays in its thread
+                assert kernel.metadata.shared <= 4096
         words = dict(planes, ASSEMBLY=decode.bfloat_assembly(bits, residual_bits), UNITS=4, PDL=pdl)
         kernel = build(dequantize.dequantize_words_kernel, capability, 8, **words)
         assert "ttg.local_" not in kernel.asm["ttgir"]  # a thread writes what it has read
@@ -110,6 +112,7 @@ def main(capability: int) -> None:
         kernel = build(integer.integer_kernel, capability, 2, **options)
         assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
         assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+        assert kernel.metadata.shared <= 4096
         # Two tiles of eight words, four lookups each, and few for the rest: no byte is taken out of its word. Two bits are
         # widened by one more.
         assert kernel.asm["ptx"].count("prmt.b32") == (80 if bits == 2 else 64)
