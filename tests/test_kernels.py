@@ -850,3 +850,72 @@ def test_feedback_of_a_block_is_that_of_the_reference(bits, residual_bits):
     found = [t.cpu() for t in kernel.feed_back(block.to(DEVICE), scale.to(DEVICE), factor.to(DEVICE), *tables)]
     assert (found[0] == wanted[0]).float().mean() > 0.999
     torch.testing.assert_close(found[2], wanted[2], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
+@pytest.mark.parametrize("words", [False, True])
+def test_bytes_are_those_of_the_reference(bits, residual_bits, words, request):
+    """Half precision rounds a weight before it becomes an integer, so one in thirty falls to the other side of a half: one
+    step apart, and equally far from the truth."""
+    if not CUDA and words:
+        request.getfixturevalue("assembly_on_cpu")
+    m, n, k = 33, 37, 416
+    packed, exact = layer(n, k, bits, residual_bits)
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=128, seed=0)
+    size = exact.norm(dim=1)
+    for dtype in DTYPES[:2]:
+        x, bias = inputs(m, n, k, dtype)
+        want = reference.linear_in_bytes(x, packed, bias, k, **layout)
+        got = torch.full_like(want, torch.nan)
+        kernels.through_bytes(x, packed, bias, got, k, *layout.values())
+        product = x.double() @ exact.T
+        true, signal = product + bias.double(), (product / size).norm()
+        error, allowed = (((y.double() - true) / size).norm() / signal for y in (got, want))
+        assert 0.004 < allowed < 0.02
+        assert error <= 1.1 * allowed
+        assert ((got.double() - want.double()) / size).norm() <= 0.6 * allowed * signal
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), [(1, 1, 1, 128), (5, 33, 31, 128), (300, 130, 512, 128), (130, 20, 8480, 64)])
+def test_bytes_of_awkward_shapes(m, n, k, group_size):
+    """More tokens than a tile, rows of one tile and of more than stay in registers at once, padded columns."""
+    packed, _ = layer(n, k, 4, 0, group_size, seed=3)
+    layout = dict(bits=4, residual_bits=0, group_size=group_size, seed=3)
+    x, _ = inputs(m, n, k)
+    x[0] = 0
+    want = reference.linear_in_bytes(x, packed, None, k, **layout)
+    got = torch.full_like(want, torch.nan)
+    kernels.through_bytes(x, packed, None, got, k, *layout.values())
+    assert torch.equal(got[0], want[0])
+    assert (got.double() - want.double()).norm() <= 0.01 * want.double().norm()
+
+
+def test_bytes_keep_what_is_not_finite():
+    packed, _ = layer(33, 128, 4, 0)
+    x, _ = inputs(4, 33, 128)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    got = torch.zeros(4, 33, dtype=x.dtype, device=DEVICE)
+    kernels.through_bytes(x, packed, None, got, 128, 4, 0, 128, 0)
+    assert torch.equal(got.isfinite().all(1).cpu(), torch.tensor([True, False, False, True]))
+
+
+def test_bytes_are_opt_in(monkeypatch):
+    packed, exact = layer(33, 128, 4, 0)
+    x, _ = inputs(schedule.INT8_TOKENS, 33, 128)
+    layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    few = x[:-1]
+    errors = {}
+    for value in ("0", "1", "yes"):
+        monkeypatch.setenv(kernels.INT8_VARIABLE, value)
+        kernels._rounds_activations.cache_clear()
+        try:
+            for y in (x, few):
+                got = kernels.linear(y, packed, None, 128, **layout)
+                true = y.double() @ exact.T
+                errors[value, len(y)] = float((got.double() - true).norm() / true.norm())
+        except QuantizationError as error:
+            assert value == "yes"
+            assert kernels.INT8_VARIABLE in str(error)
+    kernels._rounds_activations.cache_clear()
+    assert errors["1", len(x)] > 4e-3 > max(errors["0", len(x)], errors["0", len(few)], errors["1", len(few)])
+    assert len(errors) == 4

@@ -466,6 +466,34 @@ def linear(
 
 
 @keeps_precision
+def linear_in_bytes(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    in_features: int,
+    *,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> Tensor:
+    """:func:`linear` with one signed byte per weight and activation: what a GPU may compute for many tokens if it is asked to.
+
+    The largest level of a row becomes 127, and so does the largest entry of a rotated token.
+    """
+    block = rotation_block(in_features, group_size)
+    columns = packed.scales.shape[-1] * SCALE_BLOCK
+    rotated = rotate(pad_columns(x.float(), columns), block, seed)
+    token_scale = rotated.abs().amax(-1, keepdim=True) / 127
+    rotated = (rotated / token_scale.clamp(min=2.0**-120)).round()
+    top = scale_tensor(x.device, torch.float32)[packed.scales.int()].amax(-1) * levels(bits, residual_bits)[-1]
+    row_scale = torch.ldexp(top / 127, packed.exponents.int())
+    weight = (_decode_rows(packed, bits, residual_bits) / row_scale.clamp(min=1e-38)[:, None]).round()
+    out = (rotated.double() @ weight.double().T).float() * token_scale * row_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+@keeps_precision
 def linear_input_gradient(
     grad: Tensor,
     packed: PackedWeight,

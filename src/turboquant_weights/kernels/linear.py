@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,17 +14,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor as Descriptor
 
-from ..codebook import level_tensor
+from ..codebook import level_tensor, levels
 from ..errors import QuantizationError
 from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
 from .decode import TILE, assembly, bfloat_assembly
 from .dequantize import dequantize_kernel, dequantize_words_kernel
 from .integer import BYTES_TILES, META_BYTES, integer_kernel, rotate_bytes_kernel
+from .prefill import WEIGHT_ROWS, multiply_bytes_kernel, rotate_round_kernel, round_weights_kernel
 from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
 from .rotating import rotating_kernel, routed_kernel
 from .schedule import (
+    INT8_TOKENS,
     ROTATION_PROGRAMS,
     SLICE_ROWS,
     Integer,
@@ -31,6 +35,7 @@ from .schedule import (
     Schedule,
     Slices,
     StreamK,
+    bytes_tile,
     choose,
     crossover,
     gpu_name,
@@ -51,6 +56,7 @@ if _IS_KNOWN_LAUNCHER:
         from .streamk import plane_block, registers, streamk_kernel, x_block
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INT8_VARIABLE = "TURBOQUANT_WEIGHTS_INT8_PREFILL"
 _SCRATCH_BYTES = 1 << 30
 _GATHERED = 32  # tokens above which planes without an assembly decoder are dequantized for cuBLAS (H100)
 _MAPS = 4096  # tensor maps that a layer's launches remember
@@ -139,6 +145,15 @@ def _goes_through_scratch(tokens: int, packed: PackedWeight, bits: int, residual
     return tokens > crossover(residual_bits, rows, columns, _streams(codes.device, groups, words, strides))
 
 
+@functools.cache
+def _rounds_activations() -> bool:
+    """Whether many tokens at once may be rounded to 8 bits."""
+    value = os.environ.get(INT8_VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise QuantizationError(f"{INT8_VARIABLE} is {value!r}: 0 or 1 is needed")
+    return value == "1"
+
+
 def _on_device_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Triton launches on the current device: makes that the device of the first argument."""
 
@@ -204,13 +219,15 @@ def linear(
     if not x.is_contiguous():
         x = x.reshape(-1, in_features)
         x = x if x.stride(-1) == 1 else x.contiguous()
-    if x.dtype == torch.float32 or _goes_through_scratch(tokens, packed, bits, residual_bits):
-        layout = (in_features, bits, residual_bits, group_size, seed)
+    layout = (in_features, bits, residual_bits, group_size, seed)
+    if tokens >= INT8_TOKENS and x.dtype != torch.float32 and _rounds_activations():
+        through_bytes(x.view(tokens, in_features), packed, bias, out.view(tokens, rows), *layout)
+    elif x.dtype == torch.float32 or _goes_through_scratch(tokens, packed, bits, residual_bits):
         precise = torch.autocast(x.device.type, enabled=False) if is_autocast_enabled(x) else contextlib.nullcontext()
         with precise:
             through_scratch(x.view(tokens, in_features), packed, bias, out.view(tokens, rows), *layout)
     else:
-        fused(x, packed, bias, out, in_features, bits, residual_bits, group_size, seed)
+        fused(x, packed, bias, out, *layout)
     return out
 
 
@@ -725,6 +742,58 @@ def through_scratch(
             torch.mm(rotated, dense.T, out=out)
         else:
             torch.addmm(bias, rotated, dense.T, out=out)
+
+
+def through_bytes(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    in_features: int,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    seed: int,
+) -> None:
+    """``reference.linear_in_bytes`` of ``x`` [tokens, in_features], half precision, into ``out`` [tokens, rows]."""
+    codes, residual, scales, exponents = packed
+    rows, groups = scales.shape
+    tokens, columns, device = len(x), groups * SCALE_BLOCK, x.device
+    tiles, block = -(-groups // 4), rotation_block(in_features, group_size)
+    pdl = _capability(device) >= 90
+    rotated = torch.empty((tokens, columns), dtype=torch.int8, device=device)
+    token_scale = torch.empty(tokens, dtype=torch.float32, device=device)
+    of_token = min(64, triton.next_power_of_2(tiles))
+    together, chunks = 64 // of_token, -(-tiles // of_token)
+    rotate_round_kernel[(min(-(-tokens // together), ROTATION_PROGRAMS),)](
+        x, tile_signs(seed, tiles, device, x.dtype), tile_matrix(block, NATURAL, device, x.dtype), rotated, token_scale,
+        tokens, x.stride(0), in_features, tiles, columns, block**-0.5,
+        TILES=of_token, TOGETHER=together, CHUNKS=chunks, num_warps=8 if chunks <= 2 else 16, **_dependent(pdl),
+    )  # fmt: skip
+    rest = codes if residual is None else residual
+    aligned = _in_words(codes.data_ptr(), _address(residual), 0, codes.stride(0), rest.stride(0), bits, residual_bits)
+    decoder = assembly(bits, residual_bits) if aligned and _capability(device) >= 80 else ""
+    programs = _multiprocessors(device) if _capability(device) == 90 else 0
+    for part, planes in _row_parts(packed, columns):
+        codes, residual, scales, exponents = planes
+        rest = codes if residual is None else residual
+        count = part.stop - part.start
+        tile_m, tile_n, tile_k, warps, stages = bytes_tile(tokens, count, programs)
+        weight = torch.empty((count, columns), dtype=torch.int8, device=device)
+        row_scale = torch.empty(count, dtype=torch.float32, device=device)
+        round_weights_kernel[(-(-count // WEIGHT_ROWS),)](
+            codes, rest, scales, exponents, level_tensor(bits, residual_bits, device), weight, row_scale,
+            count, groups, codes.stride(0), rest.stride(0), scales.stride(0), columns, levels(bits, residual_bits)[-1],
+            BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decoder, GROUPS=triton.next_power_of_2(groups),
+            ROWS=WEIGHT_ROWS, UNITS=min(4, triton.next_power_of_2(-(-groups // 32))), num_warps=4, **_dependent(pdl),
+        )  # fmt: skip
+        pdl = False
+        multiply_bytes_kernel[(-(-tokens // tile_m) * -(-count // tile_n),)](
+            Descriptor.from_tensor(rotated, [tile_m, tile_k]), Descriptor.from_tensor(weight, [tile_n, tile_k]),
+            token_scale, row_scale, row_scale if bias is None else bias[part], out[:, part],
+            tokens, count, columns, out.stride(0),
+            HAS_BIAS=bias is not None, BLOCK_M=tile_m, BLOCK_N=tile_n, BLOCK_K=tile_k, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
 
 @_on_device_of
