@@ -105,10 +105,10 @@ _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
 _WHOLE_TILES = 1.05  # how much longer `streamk.py` may take to avoid partial sums
-# `streamk.py`: the fewest weights of a layer by the most tokens, without and with a residual; tokens from which on cuBLAS is
-# faster (small layers and those with long rows; all others), without and with a residual; weights below which tiles of half
+# `streamk.py`: the fewest weights of a layer by the most tokens; tokens from which on cuBLAS is faster (small layers and those
+# with long rows; all others), without and with a residual; weights below which tiles of half
 # the tokens are faster, because fewer programs share one, by tokens of a tile and residual; shared memory of a program.
-_STREAMK_WEIGHTS = {32: (1 << 25, None), 256: (3 << 22, 3 << 22)}
+_STREAMK_WEIGHTS = {32: 1 << 25, 256: 3 << 22}
 _STREAMK_MOST = ((1024, 512), (2048, 1024))
 _HALF_TILES = {(128, False): 5 << 22, (256, False): 1 << 25, (256, True): 5 << 22}
 _SHARED_BYTES, _ROTATION_BYTES = 226 << 10, 90 << 10
@@ -116,7 +116,7 @@ _LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROTATION_PROGRAMS = 264  # two per multiprocessor
 # Tokens from which on activations of 8 bits, where they are allowed, are faster than any other way (measured on an H100).
-INT8_TOKENS = 512
+INT8_TOKENS = 1024
 # Token counts at which the table has entries; a batch takes the next larger one.
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
 Layer = tuple[int, int, int, int]  # rows, columns, bits, residual bits
@@ -141,44 +141,11 @@ _TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
             128: (128, 64, 4, 3, 4),
             256: (128, 2, 3),
         },
-        (18944, 3584, 4, 0): {
-            1: (16, 2, 1, 2),
-            8: (4, 1),
-            16: (16, 64, 4, 1, 4),
-            32: (32, 2, 4),
-            64: (64, 2, 3),
-            128: (128, 2, 4),
-            256: (256, 2, 3),
-        },
-        (18944, 3584, 4, 4): {
-            1: (2,),
-            8: (4, 1),
-            16: (16, 64, 3, 1, 4),
-            32: (32, 64, 3, 1, 4),
-            64: (64, 2, 2),
-            128: (128, 2, 2),
-            256: (256, 2, 2),
-        },
-        (3584, 18944, 4, 0): {
-            1: (32, 4, 4, 2),
-            8: (16, 64, 12, 1, 4),
-            16: (16, 2, 4),
-            32: (32, 2, 4),
-            64: (64, 2, 3),
-            128: (128, 2, 3),
-            256: (128, 2, 3),
-        },
-        (3584, 18944, 4, 4): {
-            1: (8, 1),
-            8: (4, 4),
-            16: (16, 2, 4),
-            32: (32, 2, 3),
-            64: (64, 2, 3),
-            128: (128, 2, 3),
-            256: (256, 2, 2),
-        },
-        (8192, 8192, 4, 0): {1: (32, 2, 4, 2), 64: (64, 2, 3), 128: (128, 2, 4)},
-        (8192, 8192, 4, 4): {64: (64, 2, 3), 128: (128, 2, 3)},
+        (18944, 3584, 4, 0): {1: (16, 2, 1, 2), 8: (4, 1)},
+        (18944, 3584, 4, 4): {1: (2,), 8: (4, 1)},
+        (3584, 18944, 4, 0): {1: (32, 4, 4, 2), 256: (128, 2, 3)},
+        (3584, 18944, 4, 4): {1: (8, 1), 8: (4, 4), 32: (32, 2, 3)},
+        (8192, 8192, 4, 0): {1: (32, 2, 4, 2)},
         (10240, 8192, 4, 0): {1: (16, 4, 1, 2)},
         (8192, 29568, 4, 0): {1: (32, 4, 2, 2)},
     },
@@ -252,7 +219,7 @@ def choose(
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
         if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
             return _slices(rows, columns)
-        if warp_groups and _is_enough(tokens, rows * columns, residual_bits):
+        if warp_groups and _is_enough(tokens, rows * columns):
             streamk = _streamk(tokens, rows * columns, bits, residual_bits)
             if streamk.serves(columns):
                 return streamk
@@ -317,18 +284,15 @@ def _splitk(tokens: int, rows: int, columns: int) -> SplitK:
     return SplitK(block_m, 64, max(fitting, default=1), 1 if block_m <= 32 else 3, 4)
 
 
-def _is_enough(tokens: int, weights: int, residual_bits: int) -> bool:
+def _is_enough(tokens: int, weights: int) -> bool:
     """Whether `streamk.py`, which takes longer to start and to end, is the faster one."""
-    if tokens <= 16:
-        return False
-    least = next((least for most, least in _STREAMK_WEIGHTS.items() if tokens <= most), (0, 0))[residual_bits > 0]
-    return least is not None and weights >= least
+    return weights >= next((least for most, least in _STREAMK_WEIGHTS.items() if tokens <= most), 0)
 
 
 def _streamk(tokens: int, weights: int, bits: int, residual_bits: int) -> StreamK:
-    """Tiles of 256 tokens take 1.8 times as long as tiles of 128; as many stages as fit."""
+    """Tiles of 256 tokens take 1.8 times as long as tiles of 128; what the table has in common."""
     if tokens <= 128 or -(-tokens // 128) * 5 < -(-tokens // 256) * 9:
-        block_m = next(b for b in (32, 64, 128) if tokens <= b or b == 128)
+        block_m = next(b for b in (16, 32, 64, 128) if tokens <= b or b == 128)
     else:
         block_m = 256
     if tokens <= 256 and weights < _HALF_TILES.get((block_m, residual_bits > 0), 0):
@@ -337,9 +301,11 @@ def _streamk(tokens: int, weights: int, bits: int, residual_bits: int) -> Stream
 
 
 def streamk_stages(block_m: int, groups: int, bits: int, residual_bits: int) -> int:
-    """Steps that fit into shared memory, beside what the rotation wants of it where there are registers for both."""
+    """Two or three, if they fit into shared memory, beside what the rotation wants of it where there are registers for both:
+    with more on their way at once a layer takes longer. 2 bits are so few bytes that as many as fit."""
     tiles = StreamK(block_m, groups, 1).step // 128
     plane = sum(4 if width == 3 else width for width in (bits, residual_bits))  # as `streamk.py` copies them
     step = tiles * (64 * groups * 16 * plane + 256 * block_m + 4 * 128 * (groups - 1))
     beside = block_m <= 64 or (block_m <= 128 and groups == 2)
-    return max(min(6, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(2, _SHARED_BYTES // step))
+    most = 6 if bits + residual_bits == 2 else 2 if residual_bits and block_m <= 64 else 3
+    return max(min(most, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(2, _SHARED_BYTES // step))
