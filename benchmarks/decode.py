@@ -19,6 +19,7 @@ import collections
 import datetime
 import gc
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -333,13 +334,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/decode.py needs a CUDA GPU")
+    settings = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("TURBOQUANT_WEIGHTS_")]
     report: dict[str, Any] = dict(
         gpu=torch.cuda.get_device_name(),
         torch=torch.__version__,
         triton=triton.__version__,
         transformers=transformers.__version__,
         date=datetime.date.today().isoformat(),
-        command=shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        command=shlex.join([*settings, "python", "benchmarks/decode.py", *sys.argv[1:]]),
         rows=[],
     )
     for shape in arguments.shapes:

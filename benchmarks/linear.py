@@ -27,7 +27,7 @@ from torch import Tensor
 from turboquant_weights import TurboQuantLinear
 from turboquant_weights.kernels import linear as kernels
 from turboquant_weights.kernels import tune
-from turboquant_weights.kernels.schedule import choose, crossover, gpu_name
+from turboquant_weights.kernels.schedule import INT8_TOKENS, choose, crossover, gpu_name
 from turboquant_weights.reference import PackedWeight
 
 SHAPES = {
@@ -94,6 +94,13 @@ def scratch_time(x: Tensor, planes: list[PackedWeight], rows: int, bits: tuple[i
     return tune.graph_time([lambda p=p: kernels.through_scratch(x, p, None, out, *layout) for p in planes])
 
 
+def bytes_time(x: Tensor, planes: list[PackedWeight], rows: int, bits: tuple[int, int]) -> float:
+    """With activations of 8 bits."""
+    out = x.new_empty(x.shape[0], rows)
+    layout = (x.shape[1], *bits, 128, 0)
+    return tune.graph_time([lambda p=p: kernels.through_bytes(x, p, None, out, *layout) for p in planes])
+
+
 def measure_ours(x: Tensor, planes: list[PackedWeight], rows: int, bits: tuple[int, int], searching: bool) -> dict:
     tokens, columns = x.shape
     warp_groups = kernels.has_warp_groups(x.device, columns)
@@ -136,6 +143,8 @@ def measure(
             cell = dict(rows=rows, columns=columns, bits=label, tokens=len(x), bf16_us=round(reference, 2))
             cell.update(ours_us=round(ours["ours_us"], 2), speedup=round(reference / ours["ours_us"], 3))
             cell.update(schedule=ours["schedule"], weight_GBps=round(rate), of_copy=round(rate / copy_gbps, 3))
+            if len(x) >= INT8_TOKENS:
+                cell["int8_us"] = round(bytes_time(x, planes, rows, bits), 2)
             cell["peers_us"] = {name: times[i] and round(times[i], 2) for name, times in peers.items()}
             cells.append(cell)
             print(cell, flush=True)
@@ -157,6 +166,8 @@ def table(report: dict) -> str:
     for cell in report["cells"]:
         shape = f"{cell['rows']} x {cell['columns']}"
         times = {cell["bits"]: cell["ours_us"]}
+        if max(tokens) >= INT8_TOKENS:
+            times[f"{cell['bits']}, int8 activations"] = cell.get("int8_us")
         if cell["bits"] == report["cells"][0]["bits"]:  # peers once
             times |= cell["peers_us"]
         for label, time_us in times.items():

@@ -10,8 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, dequantize, feedback, integer, rotate, rotating, slices, splitk
-from turboquant_weights.kernels.schedule import _ROTATION_BYTES, streamk_stages
+from turboquant_weights.kernels import decode, dequantize, feedback, integer, prefill, rotate, rotating, slices, splitk
+from turboquant_weights.kernels.schedule import _ROTATION_BYTES, bytes_tile, streamk_stages
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
@@ -21,7 +21,7 @@ PAIRS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4), (3, 3))
 DIVISIBLE = ("x_stride", "code_stride", "out_stride", "columns")
 
 
-def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **constants):
+def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), stages=1, **constants):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name in floats else "i32" for name in names}
     signature |= {name: kind for name, kind in pointers.items() if name in names}
@@ -32,7 +32,7 @@ def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), **cons
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 1})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def build_streamk(block_m, groups, bits, residual_bits):
@@ -73,6 +73,24 @@ def check_streamk() -> None:
         said = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True)
         assert "wgmma.mma_async" in kernel.asm["ptx"]
         assert "serialized" not in said.stderr + said.stdout, said.stderr
+
+
+def check_prefill(capability: int, pdl: bool) -> None:
+    pointers = POINTERS | dict(x="*bf16", out="*i8", row_scale="*fp32")
+    for bits, residual_bits in ((4, 0), (3, 0), (4, 2)):
+        planes = dict(BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.assembly(bits, residual_bits))
+        options = dict(GROUPS=128, ROWS=prefill.WEIGHT_ROWS, UNITS=4, PDL=pdl)
+        build(prefill.round_weights_kernel, capability, 4, pointers, ("largest",), **planes, **options)
+    for tiles, chunks, warps in ((32, 1, 8), (64, 3, 16)):
+        options = dict(TILES=tiles, TOGETHER=64 // tiles, CHUNKS=chunks, PDL=pdl)
+        build(prefill.rotate_round_kernel, capability, warps, pointers, **options)
+    block_m, block_n, block_k, warps, stages = bytes_tile(2048, 8192, 132 if capability == 90 else 0)
+    operands = dict(x=f"tensordesc<i8[{block_m}, {block_k}]>", weight=f"tensordesc<i8[{block_n}, {block_k}]>", out="*bf16")
+    options = dict(HAS_BIAS=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
+    kernel = build(prefill.multiply_bytes_kernel, capability, warps, pointers | operands, stages=stages, **options)
+    assert "wgmma.mma_async" in kernel.asm["ptx"] if pdl else "mma.sync" in kernel.asm["ptx"]
+    assert "s32.s8.s8" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= (227 if capability == 90 else 99) << 10
 
 
 def main(capability: int) -> None:
@@ -120,6 +138,7 @@ def main(capability: int) -> None:
     build(integer.rotate_bytes_kernel, capability, 4, activations | dict(out="*fp16"), TILES=16, PDL=pdl)
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)
     build(rotate.rotate_kernel, capability, 4, activations, TILES=64, INVERSE=True, PDL=pdl)
+    check_prefill(capability, pdl)
     floats = dict.fromkeys(("block", "scale", "factor", "boundaries", "levels", "errors", "losses"), "*fp32")
     for log_levels in (2, 4, 8):
         build(feedback.feed_back_kernel, capability, 4, floats | dict(codes="*u8"), LOG_LEVELS=log_levels, ROWS=32)
