@@ -45,8 +45,8 @@ def measure(shape: str, weights: str, prompt: int) -> dict:
 
 def table(report: dict) -> str:
     lines = [
-        f"{report['gpu']}, PyTorch {report['torch']}, Triton {report['triton']}, {report['cpus']} CPU cores, {report['date']}; "
-        f"`{report['command']}`. Seconds.",
+        f"{report['gpu']}, {report['cpus']} CPU cores, PyTorch {report['torch']}, Triton {report['triton']}, "
+        f"{report['date']}; `{report['command']}`. Seconds.",
         "",
         "| shape | weights | prompt | first token, nothing compiled | second | first, compiled | second |",
         "|---|---|---|---|---|---|---|",

@@ -31,6 +31,7 @@ import copy
 import dataclasses
 import fnmatch
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -132,11 +133,13 @@ def _bits(setting: str) -> dict[str, object]:
     return {"bits": int(bits), "residual_bits": int(residual or 0)}
 
 
-def quantize_ours(reference: nn.Module, config: dict[str, object], arguments: dict[str, object], seed: int) -> Result:
+def quantize_ours(
+    reference: nn.Module, config: dict[str, object], arguments: dict[str, object], seed: int, dtype: torch.dtype
+) -> Result:
     model = copy.deepcopy(reference)
     report = quantize_model(model, TurboQuantConfig(seed=seed, **config), progress=False, **arguments)
     size = report.total_bytes - report.other_bytes + report.other_dense_bytes  # float32 is for measuring: bf16 is stored
-    return Result(model, report.bits_per_weight, size, report.error)
+    return Result(model.to(dtype), report.bits_per_weight, size, report.error)
 
 
 def quantize_peer(reference: nn.Module, build: Callable[[nn.Module, Tensor], Peer], calibration: Tensor) -> Result:
@@ -197,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to measure, such as 'ours*' 'GPTQ*'")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="in which our rows run")
     parser.add_argument("--bos", action="store_true", help="start each window with BOS, whatever the tokenizer does")
     parser.add_argument("--tokenizer", help="folder of a tokenizer to use instead of the GGUF's (Gemma before 5.20)")
     parser.add_argument("--windows", type=int, default=32, help="windows of each text")
@@ -249,8 +253,9 @@ def main() -> None:
         }
         for name, windows in texts.items()
     }
+    settings = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("TURBOQUANT_WEIGHTS_")]
     record = {
-        "command": " ".join(pathlib.Path(a).name if "/" in a else a for a in sys.argv),
+        "command": " ".join([*settings, *(pathlib.Path(a).name if "/" in a else a for a in sys.argv)]),
         "date": time.strftime("%Y-%m-%d"),
         "model": pathlib.Path(args.gguf).name,
         "hardware": hardware,
@@ -273,7 +278,7 @@ def main() -> None:
             seeds, build = [0], lambda _, name=name: quantize_peer(model, peers[name], calibration)
         else:
             seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-            build = lambda seed, name=name: quantize_ours(model, *ours[name], seed)  # noqa: E731
+            build = lambda seed, name=name: quantize_ours(model, *ours[name], seed, getattr(torch, args.dtype))  # noqa: E731
         row = measure(name, build, seeds, reference, texts)
         print(format_row(row, bases), flush=True)
         record["rows"].append(dataclasses.asdict(row))

@@ -32,7 +32,9 @@ def build(kernel, capability, warps, pointers=POINTERS, floats=("norm",), stages
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+    )
 
 
 def build_streamk(block_m, groups, bits, residual_bits):

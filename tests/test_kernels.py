@@ -876,7 +876,9 @@ def test_bytes_are_those_of_the_reference(bits, residual_bits, words, request):
         assert ((got.double() - want.double()) / size).norm() <= 0.6 * allowed * signal
 
 
-@pytest.mark.parametrize(("m", "n", "k", "group_size"), [(1, 1, 1, 128), (5, 33, 31, 128), (300, 130, 512, 128), (130, 20, 8480, 64)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size"), [(1, 1, 1, 128), (5, 33, 31, 128), (300, 130, 512, 128), (130, 20, 8480, 64)]
+)
 def test_bytes_of_awkward_shapes(m, n, k, group_size):
     """More tokens than a tile, rows of one tile and of more than stay in registers at once, padded columns."""
     packed, _ = layer(n, k, 4, 0, group_size, seed=3)
@@ -902,20 +904,18 @@ def test_bytes_keep_what_is_not_finite():
 def test_bytes_are_opt_in(monkeypatch):
     packed, exact = layer(33, 128, 4, 0)
     x, _ = inputs(schedule.INT8_TOKENS, 33, 128)
-    layout = dict(bits=4, residual_bits=0, group_size=128, seed=0)
-    few = x[:-1]
-    errors = {}
-    for value in ("0", "1", "yes"):
+    true = x.double() @ exact.T
+
+    def error(value: str, tokens: int) -> float:
         monkeypatch.setenv(kernels.INT8_VARIABLE, value)
         kernels._rounds_activations.cache_clear()
-        try:
-            for y in (x, few):
-                got = kernels.linear(y, packed, None, 128, **layout)
-                true = y.double() @ exact.T
-                errors[value, len(y)] = float((got.double() - true).norm() / true.norm())
-        except QuantizationError as error:
-            assert value == "yes"
-            assert kernels.INT8_VARIABLE in str(error)
-    kernels._rounds_activations.cache_clear()
-    assert errors["1", len(x)] > 4e-3 > max(errors["0", len(x)], errors["0", len(few)], errors["1", len(few)])
-    assert len(errors) == 4
+        got = kernels.linear(x[:tokens], packed, None, 128, bits=4, residual_bits=0, group_size=128, seed=0)
+        return float((got.double() - true[:tokens]).norm() / true[:tokens].norm())
+
+    try:
+        assert error("1", len(x)) > 4e-3
+        assert max(error("1", len(x) - 1), error("0", len(x)), error("0", len(x) - 1)) < 2e-3
+        with pytest.raises(QuantizationError, match=f"{kernels.INT8_VARIABLE} is 'yes': 0 or 1"):
+            error("yes", len(x))
+    finally:
+        kernels._rounds_activations.cache_clear()

@@ -142,8 +142,8 @@ def plan_bits(
         config: Its ``skip`` is used if ``skip`` is None.
         skip: Glob patterns of linear layers and embeddings that stay as they are, and with an embedding what is tied to it.
             None: only what must not be quantized (exotic classes); output heads and embeddings take part.
-        tokens: A text, int64 [s, l]: of all of it the first 12 windows of 256 tokens are read for the sensitivities, and 8,192
-            tokens or more, if it has them, for what calibration gains; a warning says if it has not. None: random tokens.
+        tokens: A text, int64 [s, l]: the first 12 windows of 256 tokens are read for the sensitivities, and 8,192 tokens or
+            more, if it has them, for what calibration gains; a warning says if it has not. None: random tokens.
         calibrated: Whether rounding will be calibrated; None: if there is a text.
         device: Where to compute, None: where the model is.
 
@@ -182,8 +182,8 @@ def plan_bits(
             if text.numel() < wanted:
                 warnings.warn(
                     f"the budget's text has {text.numel():,} tokens, and this model needs {wanted:,} to tell how much "
-                    "calibration helps each layer: the expected KL divergence will be too small, with 256 tokens a quarter of "
-                    "the real one. Pass a longer text, or more samples",
+                    "calibration helps each layer: the expected KL divergence will be too small, a quarter of the real one "
+                    "with 256 tokens. Pass a longer text, or more samples",
                     stacklevel=2,
                 )
             with BlockStream(model, text[: -(-wanted // text.shape[1])], where) as stream:

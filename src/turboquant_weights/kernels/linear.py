@@ -757,7 +757,7 @@ def through_bytes(
 ) -> None:
     """``reference.linear_in_bytes`` of ``x`` [tokens, in_features], half precision, into ``out`` [tokens, rows]."""
     codes, residual, scales, exponents = packed
-    rows, groups = scales.shape
+    groups = scales.shape[1]
     tokens, columns, device = len(x), groups * SCALE_BLOCK, x.device
     tiles, block = -(-groups // 4), rotation_block(in_features, group_size)
     pdl = _capability(device) >= 90

@@ -25,7 +25,9 @@ WEIGHT_ROWS = 4  # of a program of `round_weights_kernel`
 
 
 @triton.jit
-def _load_blocks(plane, first_row, start, rows, groups, stride, ROWS: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr):
+def _load_blocks(
+    plane, first_row, start, rows, groups, stride, ROWS: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr
+):
     """A plane's words of ``ROWS`` rows and 32 groups from ``start`` on, as ``decode.widen`` takes them; beyond the last row
     and group some others."""
     UNITS: tl.constexpr = 1 if BITS == 3 else BITS
@@ -55,14 +57,12 @@ def round_weights_kernel(
     top = (tl.max(bytes_.to(tl.int32), 1) << 5).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 4096.0
     exponent = tl.load(exponents + safe_row).to(tl.int32) + 7
     low = exponent >> 1
-    tl.store(
-        row_scale + row, top * (largest / 127.0) * power_of_two(low) * power_of_two(exponent - low), mask=row < rows
-    )
+    tl.store(row_scale + row, top * (largest / 127.0) * power_of_two(low) * power_of_two(exponent - low), mask=row < rows)
     inverse = tl.where(top == 0.0, 0.0, 127.0 / tl.maximum(largest * top, 2.0**-100))
     if ASSEMBLY == "":
         place = tl.arange(0, 128)
         at = safe_row[:, None]
-        for tile in range(0, tl.cdiv(groups, 4)):
+        for tile in range(tl.cdiv(groups, 4)):
             column = tile * 128 + place[None, :]
             weight = decode_gather(
                 codes, residual, scales, levels, at * code_stride, at * residual_stride, at * scale_stride,
@@ -110,7 +110,7 @@ def rotate_round_kernel(
     x, sign, matrix, out, token_scale, tokens, x_stride, columns, tiles, out_columns, norm,
     TILES: tl.constexpr, TOGETHER: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program: ``TOGETHER`` tokens at a time, of which ``CHUNKS`` times ``TILES`` tiles stay in registers until their largest
+    """Program: ``TOGETHER`` tokens at a time, of which ``CHUNKS`` times ``TILES`` tiles stay in registers until the largest
     entry is known.
 
     ``x`` [tokens, columns] rows ``x_stride`` apart -> ``out`` int8 [tokens, out_columns], rotated, in natural order;
@@ -124,7 +124,9 @@ def rotate_round_kernel(
         wait_for_producer()
         launch_dependents()
     token = tl.program_id(0) * TOGETHER + item // TILES
-    values = tl.load(x + token.to(tl.int64)[:, None] * x_stride + column, mask=(token < tokens)[:, None] & (column < columns), other=0.0)
+    values = tl.load(
+        x + token.to(tl.int64)[:, None] * x_stride + column, mask=(token < tokens)[:, None] & (column < columns), other=0.0
+    )
     for first in range(tl.program_id(0) * TOGETHER, tokens, tl.num_programs(0) * TOGETHER):
         token = first + item // TILES
         live = (token < tokens)[:, None]
