@@ -477,7 +477,7 @@ def linear_in_bytes(
     group_size: int,
     seed: int,
 ) -> Tensor:
-    """:func:`linear` with one signed byte per weight and activation: what a GPU may compute for many tokens if it is asked to.
+    """:func:`linear` with one signed byte per weight and activation: what a GPU computes for many tokens if it is asked to.
 
     The largest level of a row becomes 127, and so does the largest entry of a rotated token.
     """

@@ -92,22 +92,28 @@ _KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 4: Inte
 _MOST_OF_KIND = {1: 1, 2: MOST_TOKENS, 4: 1}  # tokens
 
 SLICE_ROWS = 16
-# What an H100 wants: programs of `rotating.py`, at most, by warps (without and with a residual), and the columns up to which
-# it is of use with one; warps of `slices.py`, at least and at most, and the activations beyond which it is of no use;
-# programs of `splitk.py`, by block_m.
-_ROTATING_PROGRAMS = ({8: 264, 4: 660}, {8: 132, 4: 660})
+# What an H100 wants: programs of `rotating.py`, at most, by residual bits and warps, and the columns up to which it is of
+# use with a residual; warps of `slices.py`, at least and at most, and the activations beyond which it is of no use; programs
+# of `splitk.py`, by block_m. (A search on an H200 gave those of one token with a residual of 1 to 3 bits.)
+_ROTATING_PROGRAMS = {
+    0: {8: 264, 4: 660},
+    1: {8: 288, 4: 660},
+    2: {8: 288, 4: 660},
+    3: {8: 288, 4: 660},
+    4: {8: 132, 4: 660},
+}
 _ROTATING_COLUMNS = 8192
 # Weights from which on a second launch for the rotation pays, unless all programs of `rotating.py` run at once with 8 warps;
-# warps of `integer.py` that run at once.
+# warps of `integer.py` that run at once, or, of 32 rows each, over long rows.
 _INTEGER_WEIGHTS = 15 << 20
-_INTEGER_WARPS = 3100
+_INTEGER_WARPS, _LONG_INTEGER_WARPS = 3100, 2100
 _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
 _WHOLE_TILES = 1.05  # how much longer `streamk.py` may take to avoid partial sums
-# `streamk.py`: the fewest weights of a layer by the most tokens; tokens from which on cuBLAS is faster (small layers and those
-# with long rows; all others), without and with a residual; weights below which tiles of half
-# the tokens are faster, because fewer programs share one, by tokens of a tile and residual; shared memory of a program.
+# `streamk.py`: the fewest weights of a layer by the most tokens; tokens from which on cuBLAS is faster (small layers and
+# those with long rows; all others), without and with a residual; weights below which tiles of half the tokens are faster,
+# because fewer programs share one, by tokens of a tile and residual; shared memory of a program.
 _STREAMK_WEIGHTS = {32: 1 << 25, 256: 3 << 22}
 _STREAMK_MOST = ((1024, 512), (2048, 1024))
 _HALF_TILES = {(128, False): 5 << 22, (256, False): 1 << 25, (256, True): 5 << 22}
@@ -142,12 +148,11 @@ _TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
             256: (128, 2, 3),
         },
         (18944, 3584, 4, 0): {1: (16, 2, 1, 2), 8: (4, 1)},
-        (18944, 3584, 4, 4): {1: (2,), 8: (4, 1)},
-        (3584, 18944, 4, 0): {1: (32, 4, 4, 2), 256: (128, 2, 3)},
+        (18944, 3584, 4, 4): {8: (4, 1)},
+        (3584, 18944, 4, 0): {256: (128, 2, 3)},
         (3584, 18944, 4, 4): {1: (8, 1), 8: (4, 4), 32: (32, 2, 3)},
         (8192, 8192, 4, 0): {1: (32, 2, 4, 2)},
         (10240, 8192, 4, 0): {1: (16, 4, 1, 2)},
-        (8192, 29568, 4, 0): {1: (32, 4, 2, 2)},
     },
 }
 
@@ -213,12 +218,12 @@ def choose(
                     return schedule
         if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
             return _integer(rows, columns)
-        # Rotating takes registers, which a residual needs, too: over long rows two launches are faster then.
-        if tokens == 1 and (not residual_bits or columns <= _ROTATING_COLUMNS):
+        # Rotating takes registers, which a residual needs, too: two launches are faster over long rows and for many of them.
+        if tokens == 1 and (not residual_bits or _rotates_in_one_wave(rows, columns)):
             return rotating(rows, columns, residual_bits)
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
-        if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS):
-            return _slices(rows, columns)
+        if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS) and _slices_fit(rows, columns):
+            return _slices(rows, columns, (bits, residual_bits) == (4, 0))
         if warp_groups and _is_enough(tokens, rows * columns):
             streamk = _streamk(tokens, rows * columns, bits, residual_bits)
             if streamk.serves(columns):
@@ -247,29 +252,47 @@ def bytes_tile(tokens: int, rows: int, multiprocessors: int) -> tuple[int, int, 
 def rotating(rows: int, columns: int, residual_bits: int) -> Rotating:
     """As many warps per program as let all programs run at once, each with two tiles at least; for more programs, two."""
     row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
-    fitting = (w for w, most in _ROTATING_PROGRAMS[residual_bits > 0].items() if row_tiles <= most and 2 * w <= tiles)
+    fitting = (w for w, most in _ROTATING_PROGRAMS[residual_bits].items() if row_tiles <= most and 2 * w <= tiles)
     return Rotating(next(fitting, min(2, tiles)))
 
 
 def _is_for_integers(rows: int, columns: int) -> bool:
-    one_wave = rows <= SLICE_ROWS * _ROTATING_PROGRAMS[False][8] and columns <= _ROTATING_COLUMNS
+    one_wave = rows <= SLICE_ROWS * _ROTATING_PROGRAMS[0][8] and columns <= _ROTATING_COLUMNS
     return rows * columns >= _INTEGER_WEIGHTS and not one_wave
 
 
+def _rotates_in_one_wave(rows: int, columns: int) -> bool:
+    return rows <= SLICE_ROWS * _ROTATING_PROGRAMS[4][4] and columns <= _ROTATING_COLUMNS
+
+
 def _integer(rows: int, columns: int) -> Integer:
-    """Two warps per program and as many splits as let all warps run at once; four where programs wait for others anyway."""
+    """Two warps per program and as many splits as let all warps run at once; four where programs wait for others anyway.
+    Over long rows, twice as many rows share the activations."""
     row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
+    if columns > _ROTATING_COLUMNS:
+        fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _LONG_INTEGER_WARPS and 8 * s <= tiles]
+        return Integer(2 * SLICE_ROWS, 4, max(fitting, default=1), 2)
     if 2 * row_tiles > _INTEGER_WARPS:
         return Integer(SLICE_ROWS, 4, 1, 2)
     fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _INTEGER_WARPS and 4 * s <= tiles]
     return Integer(SLICE_ROWS, 2, max(fitting, default=1), 2)
 
 
-def _slices(rows: int, columns: int) -> Slices:
-    """As many warps per program as fit into one wave; more programs if the GPU would be idle."""
+def _slices_fit(rows: int, columns: int) -> bool:
+    """Programs of eight warps run at once, or there are so many that a last wave does not matter; else `splitk.py` is
+    faster."""
+    return rows <= SLICE_ROWS * _ROTATING_PROGRAMS[0][8] or rows * columns >= _STREAMK_WEIGHTS[32]
+
+
+def _slices(rows: int, columns: int, plain: bool) -> Slices:
+    """As many warps per program as fit into one wave; more programs if the GPU would be idle. ``plain``: 4 bits alone.
+    Others have more to decode: over long rows they want small programs, and many."""
     fewest, most = _SLICE_WARPS
     row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
-    warps = next((w for w in (8, 4) if row_tiles * w <= most), 2)
+    if not plain and columns > _ROTATING_COLUMNS:
+        fitting = [s for s in _SPLITS if row_tiles * 2 * s <= most and s * 4 <= tiles]
+        return Slices(2, max(fitting, default=1))
+    warps = next((w for w in (8, 4) if row_tiles * w <= most), 2 if plain else 4)
     while warps > 1 and warps > tiles:
         warps //= 2
     fitting = [s for s in _SPLITS if s * warps * 2 <= tiles]
