@@ -46,9 +46,36 @@ def test_kernel_speed():
     rows = [line for line in lines if line.startswith("| ")]
     assert len(rows) == 13
     check(rows)
+    lines = (ROOT / "benchmarks/results/linear-bits-h100.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| 18944 x 3584 |")]
+    assert len(rows) == 7
+    check(rows)
 
 
-@pytest.mark.parametrize("name", ["decode-h100", "decode-compiled-h100", "decode-compiled-again-h100"])
+def test_first_tokens(monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    path = ROOT / "benchmarks/results/first-token-h200.json"
+    table = importlib.import_module("first_token").table(json.loads(path.read_text(encoding="utf-8")))
+    assert table == path.with_suffix(".md").read_text(encoding="utf-8")
+    check([line for line in table.splitlines() if line.startswith("|")])
+
+
+def test_activations_of_8_bits():
+    """The README's sentence has the KL divergences of both runs."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    means = []
+    for name in ("int8", "bfloat16"):
+        report = json.loads((ROOT / f"benchmarks/results/quality-{name}-smollm2-h200.json").read_text(encoding="utf-8"))
+        scores = [row["scores"]["wiki.test"]["kl_mean"] for row in report["rows"]]
+        means.append([sum(values) / len(values) for values in scores])
+    (a, b, c), (d, e, f) = means
+    wanted = f"{a:.3f} instead of {d:.3f} at 4 bits, {b:.4f} instead of {e:.4f} at 4+2, {c:.4f} instead of {f:.4f} at 4+4"
+    assert f"KL divergence {wanted}" in readme
+
+
+@pytest.mark.parametrize("name", ["decode-h100", "decode-compiled-h100", "decode-compiled-again-h100", "decode-h200"])
 def test_decoding_speed(name, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("triton")
