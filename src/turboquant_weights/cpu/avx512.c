@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #define TURBOQUANT_AVX2
+#define TURBOQUANT_AVX512
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,gfni,avx512vnni,avx512vbmi"))), apply_to = function)
@@ -23,7 +24,7 @@
 
 enum { LIMIT = 127 * 128 + 63 };
 enum { ROWS_AT_ONCE = 4 };
-enum { AHEAD = 8192 };       /* bytes that a plane is prefetched ahead: rows lie one behind the other */
+enum { BEYOND = 2048, LEAST = 9216 }; /* bytes prefetched ahead, to the L2 cache: beyond the rows at work, and in all */
 
 static int available(void)
 {
@@ -79,22 +80,16 @@ INLINE integers integers_of(const tq_codebook *book, const int nested)
     return how;
 }
 
-/* One chunk of one row, from the `blocks` that are there: bytes of the levels, low ones only if nested. */
-INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, int64_t blocks, const tq_codebook *book,
-                         const integers *how, const int kind, const int full, __m512i high[2], __m512i low[2])
+INLINE int is_nested(const int kind) { return kind == FOURS_NESTED || kind == NESTED; }
+INLINE int codes_width(const tq_codebook *book, const int kind)
 {
-    const int codes_width = kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
-    const int residual_width = kind == FOURS_NESTED ? 4 : book->residual_bits;
-    const __mmask64 all = ~(__mmask64)0;
-    const int64_t there = full ? CHUNK : blocks;
-    const __m512i base = full && codes_width == 4
-                             ? _mm512_loadu_si512(codes)
-                             : _mm512_maskz_loadu_epi8(all >> (64 - 4 * there * codes_width), codes);
-    __m512i rest = base;
-    if (kind == FOURS_NESTED || kind == NESTED)
-        rest = full && residual_width == 4
-                   ? _mm512_loadu_si512(residual)
-                   : _mm512_maskz_loadu_epi8(all >> (64 - 4 * there * residual_width), residual);
+    return kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
+}
+INLINE int residual_width(const tq_codebook *book, const int kind) { return kind == FOURS_NESTED ? 4 : book->residual_bits; }
+
+/* Bytes of the levels of one chunk of one row, low ones only if nested. What lies behind its fields is decoded, too. */
+INLINE void decode_chunk(__m512i base, __m512i rest, const integers *how, const int kind, __m512i high[2], __m512i low[2])
+{
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
         __m512i index;
@@ -129,64 +124,80 @@ INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, int64_t 
 }
 
 /* (128 high + low) (128 a + b) = 128 (128 high a + high b + low a) + low b, and the last term is left out: it is 6e-5 of the
- * result, and unbiased because both bytes are centred. A base plane has no low bytes. */
-INLINE void integer_chunk(const int8_t *x, const __m512i high[2], const __m512i low[2], const __m512 scale, const __m512i lanes,
-                          const int nested, __m512 *sum)
+ * result, and unbiased because both bytes are centred. A base plane has no low bytes. R rows, whose chains of products go side
+ * by side; one behind the other they would fill the scheduler. */
+INLINE void multiply_chunk(const int8_t *x, __m512i high[][2], __m512i low[][2], const int nested, const int R, __m512i dot[])
 {
     const __m512i a0 = _mm512_load_si512(x), a1 = _mm512_load_si512(x + 64);
     const __m512i b0 = _mm512_load_si512(x + 128), b1 = _mm512_load_si512(x + 192);
-    __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), high[0], a0), high[1], a1);
-    dot = _mm512_slli_epi32(dot, 7);
-    dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(dot, high[0], b0), high[1], b1);
-    if (nested) dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(dot, low[0], a0), low[1], a1);
-    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale), *sum);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) dot[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), high[r][0], a0);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) dot[r] = _mm512_slli_epi32(_mm512_dpbusd_epi32(dot[r], high[r][1], a1), 7);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) dot[r] = _mm512_dpbusd_epi32(dot[r], high[r][0], b0);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) dot[r] = _mm512_dpbusd_epi32(dot[r], high[r][1], b1);
+    if (!nested) return;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) dot[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(dot[r], low[r][0], a0), low[r][1], a1);
+}
+
+INLINE __m512 add_scaled(__m512 sum, __m512i dot, __m512 scale, __m512i lanes)
+{
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale), sum);
+}
+
+/* `there` blocks of a plane of `width` bits. */
+INLINE __m512i load_blocks(const uint8_t *plane, int width, int64_t there)
+{
+    return _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - 4 * there * width), plane);
 }
 
 /* Adds chunk i of 16 blocks of R rows times T tokens to the sums; `left` of the blocks are there. */
 INLINE void integer_chunks(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, int64_t block, int i,
                            int64_t left, const integers *how, __m512 scale[][TOKENS], __m512 sum[][TOKENS], const int kind,
-                           const int full, const int R, const int T)
+                           const int R, const int T)
 {
-    const tq_codebook *book = layer->book;
-    const int nested = kind == FOURS_NESTED || kind == NESTED;
-    const int codes_width = kind == FOURS || kind == FOURS_NESTED ? 4 : book->bits;
-    const int residual_width = kind == FOURS_NESTED ? 4 : book->residual_bits;
-    const int64_t at = block + CHUNK * i, there = left - CHUNK * i;
+    const int wide = codes_width(layer->book, kind), rest_wide = residual_width(layer->book, kind);
+    const int64_t at = block + CHUNK * i, there = left - CHUNK * i < CHUNK ? left - CHUNK * i : CHUNK;
     const __m512i lanes = lane_blocks(i);
-    __m512i high[ROWS_AT_ONCE][2], low[ROWS_AT_ONCE][2];
-#pragma GCC unroll 4
+    __m512i high[2][2], low[2][2];
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
-        const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 4 * codes_width * at;
-        const uint8_t *residual = NULL;
-        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T1);
-        if (nested) {
-            residual = row_of(layer->residual, layer->residual_stride, row + r) + 4 * residual_width * at;
-            _mm_prefetch((const char *)residual + AHEAD, _MM_HINT_T1);
+        const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row + r) + 4 * wide * at, *residual = NULL;
+        __m512i rest = _mm512_setzero_si512();
+        _mm_prefetch((const char *)codes + R * layer->codes_stride + LEAST, _MM_HINT_T1);
+        if (is_nested(kind)) {
+            residual = row_of(layer->residual, layer->residual_stride, row + r) + 4 * rest_wide * at;
+            _mm_prefetch((const char *)residual + R * layer->residual_stride + LEAST, _MM_HINT_T1);
+            rest = load_blocks(residual, rest_wide, there);
         }
-        decode_chunk(codes, residual, there < CHUNK ? there : CHUNK, book, how, kind, full, high[r], low[r]);
+        decode_chunk(load_blocks(codes, wide, there), rest, how, kind, high[r], low[r]);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
         const int8_t *x = (const int8_t *)act->values + (token + t) * 2 * act->blocks * BLOCK + 64 * at;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) integer_chunk(x, high[r], low[r], scale[r][t], lanes, nested, &sum[r][t]);
+        __m512i dot[2];
+        multiply_chunk(x, high, low, is_nested(kind), R, dot);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) sum[r][t] = add_scaled(sum[r][t], dot[r], scale[r][t], lanes);
     }
 }
 
-/* R rows times T tokens. */
+/* R rows, one or two, times T tokens. */
 INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t token, float *out,
-                         const int kind, const int R, const int T)
+                         const integers *how, const int kind, const int R, const int T)
 {
-    const integers how = integers_of(layer->book, kind == FOURS_NESTED || kind == NESTED);
-    __m512 sum[ROWS_AT_ONCE][TOKENS];
-#pragma GCC unroll 4
+    __m512 sum[2][TOKENS];
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
     for (int64_t block = 0; block < layer->blocks; block += 16) {
         const int64_t left = layer->blocks - block;
-        __m512 scale[ROWS_AT_ONCE][TOKENS];
-#pragma GCC unroll 4
+        __m512 scale[2][TOKENS];
+#pragma GCC unroll 2
         for (int r = 0; r < R; r++) {
             const __m512 own = scales16(row_of(layer->scales, layer->scales_stride, row + r) + block, left);
 #pragma GCC unroll 4
@@ -199,15 +210,138 @@ INLINE void integer_rows(const tq_layer *layer, const tq_activations *act, int64
         if (left >= 16)
 #pragma GCC unroll 4
             for (int i = 0; i < 16 / CHUNK; i++)
-                integer_chunks(layer, act, row, token, block, i, left, &how, scale, sum, kind, 1, R, T);
+                integer_chunks(layer, act, row, token, block, i, 16, how, scale, sum, kind, R, T);
         else
             for (int i = 0; CHUNK * i < left; i++)
-                integer_chunks(layer, act, row, token, block, i, left, &how, scale, sum, kind, 0, R, T);
+                integer_chunks(layer, act, row, token, block, i, left, how, scale, sum, kind, R, T);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) out[r * TOKENS + t] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+/* -- integers, one token and four rows side by side ------------------------------------------------------------------------ */
+
+/* Where one plane of four rows lies from the current 16 blocks on, and what of it is prefetched with them: the planes of later
+ * rows, byte after byte, while the rows at work are read side by side. Memory is fastest in its own order. */
+typedef struct {
+    const uint8_t *first;
+    int64_t stride;
+    const uint8_t *ahead;
+} places;
+
+INLINE places places_of(const uint8_t *plane, int64_t stride, int64_t row)
+{
+    const int64_t beyond = ROWS_AT_ONCE * stride + BEYOND, far = beyond > LEAST ? beyond : LEAST;
+    return (places){row_of(plane, stride, row), stride, row_of(plane, stride, row) + far};
+}
+
+INLINE __m512i load_row(const places *at, int r, int64_t offset) { return _mm512_loadu_si512(at->first + r * at->stride + offset); }
+
+/* Line r of what comes when chunk i of four rows is at work: a line for each bit of a field. */
+INLINE void prefetch(const places *at, int i, int r, const int width)
+{
+    if (r < width) _mm_prefetch((const char *)at->ahead + 64 * (width * i + r), _MM_HINT_T1);
+}
+
+INLINE void advance(places *at, int bytes)
+{
+    at->first += bytes;
+    at->ahead += ROWS_AT_ONCE * bytes;
+}
+
+/* Adds chunk i of four rows to their sums. Whole vectors are read: behind the last block the activation is zero. */
+INLINE void four_chunks(const tq_layer *layer, const places *codes, const places *residual, const int8_t *values, const int i,
+                        const integers *how, const __m512 scale[ROWS_AT_ONCE], __m512 sum[ROWS_AT_ONCE], const int kind)
+{
+    const int wide = codes_width(layer->book, kind), rest_wide = residual_width(layer->book, kind);
+    const __m512i lanes = lane_blocks(i);
+    __m512i high[ROWS_AT_ONCE][2], low[ROWS_AT_ONCE][2], dot[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        const __m512i base = load_row(codes, r, 16 * wide * i);
+        __m512i rest = base;
+        prefetch(codes, i, r, wide);
+        if (is_nested(kind)) {
+            prefetch(residual, i, r, rest_wide);
+            rest = load_row(residual, r, 16 * rest_wide * i);
+        }
+        decode_chunk(base, rest, how, kind, high[r], low[r]);
+    }
+    multiply_chunk(values + 256 * i, high, low, is_nested(kind), ROWS_AT_ONCE, dot);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS_AT_ONCE; r++) sum[r] = add_scaled(sum[r], dot[r], scale[r], lanes);
+}
+
+/* Sums of the lanes of four vectors. */
+INLINE __m128 lane_sums(const __m512 v[4])
+{
+    const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 all = _mm512_add_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(first), _mm512_castps_pd(second))),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(first), _mm512_castps_pd(second))));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Rows in front of the last ones of a matrix: what is read behind the end of such a row still lies in its planes. */
+INLINE int64_t inner_rows(const tq_layer *layer)
+{
+    int64_t behind = 1;
+    while (behind * layer->scales_stride < 16 || behind * layer->codes_stride < 64 ||
+           (layer->residual && behind * layer->residual_stride < 64))
+        behind++;
+    return layer->rows - behind;
+}
+
+/* As many of the rows as come in fours and are no last ones, times one token; returns their number. */
+INLINE int64_t rows_abreast(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,
+                            float *out, const integers *how, const int kind)
+{
+    const int wide = codes_width(layer->book, kind), rest_wide = residual_width(layer->book, kind);
+    const int64_t last = inner_rows(layer), end = row + rows < last ? row + rows : last;
+    int64_t done = 0;
+    for (; row + done + ROWS_AT_ONCE <= end; done += ROWS_AT_ONCE, out += ROWS_AT_ONCE * TOKENS) {
+        places codes = places_of(layer->codes, layer->codes_stride, row + done), residual;
+        places scales = places_of(layer->scales, layer->scales_stride, row + done);
+        if (is_nested(kind)) residual = places_of(layer->residual, layer->residual_stride, row + done);
+        const int8_t *values = (const int8_t *)act->values + token * 2 * act->blocks * BLOCK;
+        const float *factor = act->scale + token * act->blocks, *correction = act->correction + token * act->blocks;
+        __m512 sum[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS_AT_ONCE; r++) sum[r] = _mm512_setzero_ps();
+        for (int64_t left = layer->blocks; left > 0; left -= 16) {
+            __m512 scale[ROWS_AT_ONCE];
+            prefetch(&scales, 0, 0, 1);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS_AT_ONCE; r++) {
+                const __m512 own = scales16(scales.first + r * scales.stride, 16);
+                scale[r] = _mm512_mul_ps(own, _mm512_load_ps(factor));
+                sum[r] = _mm512_fnmadd_ps(own, _mm512_load_ps(correction), sum[r]);
+            }
+            if (left >= 16)
+#pragma GCC unroll 4
+                for (int i = 0; i < 16 / CHUNK; i++)
+                    four_chunks(layer, &codes, &residual, values, i, how, scale, sum, kind);
+            else
+                for (int i = 0; CHUNK * i < left; i++)
+                    four_chunks(layer, &codes, &residual, values, i, how, scale, sum, kind);
+            advance(&codes, 64 * wide);
+            advance(&scales, 16);
+            if (is_nested(kind)) advance(&residual, 64 * rest_wide);
+            values += 16 * 64;
+            factor += 16;
+            correction += 16;
+        }
+        const __m128 sums = lane_sums(sum);
+        _MM_EXTRACT_FLOAT(out[0], sums, 0);
+        _MM_EXTRACT_FLOAT(out[TOKENS], sums, 1);
+        _MM_EXTRACT_FLOAT(out[2 * TOKENS], sums, 2);
+        _MM_EXTRACT_FLOAT(out[3 * TOKENS], sums, 3);
+    }
+    return done;
 }
 
 /* -- float32 ----------------------------------------------------------------------------------------------------------- */
@@ -272,43 +406,50 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
 
 /* -- entry points ------------------------------------------------------------------------------------------------------ */
 
-/* Instantiates a kernel: one or four rows of one token, or two rows of up to four tokens. */
-#define KERNEL(name, call)                                                                                                  \
+/* Instantiates a kernel: four rows of one token side by side as far as that goes, then one or two rows of up to four tokens. */
+#define KERNEL(name, kind)                                                                                                  \
     static void name(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token,            \
                      int64_t count, float *out)                                                                             \
     {                                                                                                                       \
-        for (int64_t end = row + rows; row < end;) {                                                                        \
-            const int64_t most = count > 1 ? 2 : ROWS_AT_ONCE;                                                              \
-            const int64_t many = end - row >= most ? most : 1;                                                              \
+        const integers how = integers_of(layer->book, is_nested(kind));                                                     \
+        const int64_t end = row + rows;                                                                                     \
+        if (count == 1) {                                                                                                   \
+            const int64_t done = rows_abreast(layer, act, row, rows, token, out, &how, kind);                               \
+            row += done;                                                                                                    \
+            out += done * TOKENS;                                                                                           \
+        }                                                                                                                   \
+        for (; row < end; row += 2, out += 2 * TOKENS)                                                                      \
             for (int64_t t = 0; t < count;) {                                                                               \
                 float *to = out + t;                                                                                        \
                 const int64_t left = count - t, from = token + t;                                                           \
-                if (many == 4) call(4, 1);                                                                                  \
-                else if (many == 2 && left >= 4) call(2, 4);                                                                \
-                else if (many == 2 && left >= 2) call(2, 2);                                                                \
-                else if (many == 2) call(2, 1);                                                                             \
-                else if (left >= 4) call(1, 4);                                                                             \
-                else if (left >= 2) call(1, 2);                                                                             \
-                else call(1, 1);                                                                                            \
+                const int two = end - row >= 2;                                                                             \
+                if (two && left >= 4) integer_rows(layer, act, row, from, to, &how, kind, 2, 4);                            \
+                else if (two && left >= 2) integer_rows(layer, act, row, from, to, &how, kind, 2, 2);                       \
+                else if (two) integer_rows(layer, act, row, from, to, &how, kind, 2, 1);                                    \
+                else if (left >= 4) integer_rows(layer, act, row, from, to, &how, kind, 1, 4);                              \
+                else if (left >= 2) integer_rows(layer, act, row, from, to, &how, kind, 1, 2);                              \
+                else integer_rows(layer, act, row, from, to, &how, kind, 1, 1);                                             \
                 t += left >= 4 ? 4 : left >= 2 ? 2 : 1;                                                                     \
             }                                                                                                               \
-            row += many;                                                                                                    \
-            out += many * TOKENS;                                                                                           \
-        }                                                                                                                   \
     }
 
-#define CALL_FOURS(R, T) integer_rows(layer, act, row, from, to, FOURS, R, T)
-#define CALL_BASE(R, T) integer_rows(layer, act, row, from, to, BASE, R, T)
-#define CALL_NESTED(R, T) integer_rows(layer, act, row, from, to, NESTED, R, T)
-#define CALL_FOURS_NESTED(R, T) integer_rows(layer, act, row, from, to, FOURS_NESTED, R, T)
-#define CALL_EXACT(R, T) \
-    for (int r = 0; r < R; r++) exact64(layer, act, row + r, from, to + r * TOKENS, T)
+KERNEL(kernel_fours, FOURS)
+KERNEL(kernel_base, BASE)
+KERNEL(kernel_nested, NESTED)
+KERNEL(kernel_fours_nested, FOURS_NESTED)
 
-KERNEL(kernel_fours, CALL_FOURS)
-KERNEL(kernel_base, CALL_BASE)
-KERNEL(kernel_nested, CALL_NESTED)
-KERNEL(kernel_fours_nested, CALL_FOURS_NESTED)
-KERNEL(kernel_exact, CALL_EXACT)
+static void exact(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
+                  float *out)
+{
+    for (int64_t end = row + rows; row < end; row++, out += TOKENS)
+        for (int64_t t = 0; t < count;) {
+            const int64_t left = count - t;
+            if (left >= 4) exact64(layer, act, row, token + t, out + t, 4);
+            else if (left >= 2) exact64(layer, act, row, token + t, out + t, 2);
+            else exact64(layer, act, row, token + t, out + t, 1);
+            t += left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        }
+}
 
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
                     float *out)
@@ -320,16 +461,87 @@ static void integer(const tq_layer *layer, const tq_activations *act, int64_t ro
         (book->bits + book->residual_bits == 8 ? kernel_fours_nested : kernel_nested)(layer, act, row, rows, token, count, out);
 }
 
-/* q = 128 a + b, -64 <= b < 64. */
-INLINE void bytes_of(int16_t q, int8_t *a, int8_t *b)
+/* How rotated columns become bytes: of 32 columns those of the first vector and then those of the second; and of two times 32
+ * columns, as words, the bytes of the first and then those of the second. */
+typedef struct {
+    __m512i words, bytes;
+    int nested;
+} splitting;
+
+INLINE splitting splitting_of(const tq_codebook *book)
 {
-    *a = (int8_t)((q + 64) >> 7);
-    *b = (int8_t)((q & 127) - ((q & 64) << 1));
+    splitting how = {.nested = book->residual_bits > 0};
+    const int fours = book->bits == 4 && (!how.nested || book->residual_bits == 4);
+    uint16_t words[32];
+    uint8_t bytes[64];
+    for (int i = 0; i < 32; i++) words[i] = (uint16_t)(2 * (fours ? i % 16 * 2 + i / 16 : i));
+    for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)(2 * (i / 32 * 16 + i % 16) + i / 16 % 2 * 64);
+    how.words = _mm512_loadu_si512(words);
+    how.bytes = _mm512_loadu_si512(bytes);
+    return how;
+}
+
+/* The largest lanes of four vectors. */
+INLINE __m128 lane_maxima(const __m512 v[4])
+{
+    const __m512 first = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 second = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 all = _mm512_max_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(first), _mm512_castps_pd(second))),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(first), _mm512_castps_pd(second))));
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Four words of two vectors each to their lower bytes, vector by vector. */
+INLINE void lower_bytes(const __m512i words[4], const splitting *how, int8_t *out)
+{
+    const __m512i first = _mm512_permutex2var_epi8(words[0], how->bytes, words[1]);
+    const __m512i second = _mm512_permutex2var_epi8(words[2], how->bytes, words[3]);
+    _mm512_store_si512(out, _mm512_shuffle_i64x2(first, second, 0x44));
+    _mm512_store_si512(out + 64, _mm512_shuffle_i64x2(first, second, 0xee));
+}
+
+/* What to_integers does, for one chunk: q = 128 a + b, -64 <= b < 64, two vectors of a and two of b. */
+INLINE void split_chunk(const float *x, const splitting *how, int8_t *out, float *scale, float *correction)
+{
+    __m512 columns[4][2], magnitude[4];
+#pragma GCC unroll 4
+    for (int block = 0; block < CHUNK; block++) {
+        columns[block][0] = _mm512_loadu_ps(x + 32 * block);
+        columns[block][1] = _mm512_loadu_ps(x + 32 * block + 16);
+        magnitude[block] = _mm512_max_ps(_mm512_abs_ps(columns[block][0]), _mm512_abs_ps(columns[block][1]));
+    }
+    const __m128 largest = lane_maxima(magnitude), limit = _mm_set1_ps(LIMIT), step = _mm_div_ps(largest, limit);
+    const __mmask8 there = _mm_cmp_ps_mask(largest, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_broadcast_f32x4(_mm_maskz_div_ps(there, limit, largest));
+    __m512i a[4], b[4];
+#pragma GCC unroll 4
+    for (int block = 0; block < CHUNK; block++) {
+        const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(block), inverse);
+        const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(columns[block][0], factor));
+        const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(columns[block][1], factor));
+        const __m512i q = _mm512_permutex2var_epi16(first, how->words, second);
+        a[block] = _mm512_srai_epi16(_mm512_add_epi16(q, _mm512_set1_epi16(64)), 7);
+        b[block] = _mm512_sub_epi16(q, _mm512_slli_epi16(a[block], 7));
+    }
+    lower_bytes(a, how, out);
+    lower_bytes(b, how, out + 128);
+    /* Sums of the integers, or of those and their high bytes. */
+    const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512(), *bytes = (const __m512i *)out;
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, ones, bytes[0]), ones, bytes[1]);
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(how->nested ? high : zero, ones, bytes[2]), ones, bytes[3]);
+    sum = _mm512_add_epi32(sum, _mm512_slli_epi32(high, 7));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, 0x4e));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, 0xb1));
+    const __m512i first_lanes = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+    const __m128 sums = _mm_cvtepi32_ps(_mm512_castsi512_si128(_mm512_permutexvar_epi32(first_lanes, sum)));
+    _mm_store_ps(scale, step);
+    _mm_store_ps(correction, _mm_mul_ps(_mm_mul_ps(step, _mm_set1_ps(127.5f)), sums));
 }
 
 static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
 {
-    const tq_codebook *book = layer->book;
     const int64_t columns = act->blocks * BLOCK;
     float *rotated = scratch;
     rotate_token(layer, x, type, act->blocks, rotated, act->token_scale + token);
@@ -338,26 +550,15 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
         for (int64_t i = 0; i < columns; i += 64) exact_order(rotated + i, out + i);
         return;
     }
-    int16_t *q = (int16_t *)(rotated + columns);
-    const int nested = book->residual_bits > 0;
-    to_integers(rotated, act->blocks, LIMIT, nested, 127.5f, q, act->scale + token * act->blocks,
-                act->correction + token * act->blocks);
-    act->token_scale[token] *= nested ? 128.0 / book->unit : 1.0;
+    const splitting how = splitting_of(layer->book);
+    if (how.nested) act->token_scale[token] *= 128.0 / layer->book->unit;
     int8_t *out = (int8_t *)act->values + token * 2 * columns;
-    const int fours = book->bits == 4 && (!nested || book->residual_bits == 4);
-    for (int64_t i = 0; i < columns; i += 128, out += 256)
-        for (int half = 0; half < 2; half++)
-            for (int part = 0; part < 4; part++) { /* loops that become vectors */
-                const int16_t *from = q + i + (fours ? 32 * part + half : 32 * part + 16 * half);
-                int8_t *a = out + half * 64 + part * 16, *b = a + 128;
-                if (fours)
-                    for (int j = 0; j < 16; j++) bytes_of(from[2 * j], a + j, b + j);
-                else
-                    for (int j = 0; j < 16; j++) bytes_of(from[j], a + j, b + j);
-            }
+    float *scale = act->scale + token * act->blocks, *correction = act->correction + token * act->blocks;
+    for (int64_t i = 0; i < columns; i += 128, out += 256, scale += CHUNK, correction += CHUNK)
+        split_chunk(rotated + i, &how, out, scale, correction);
 }
 
-const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, kernel_exact, decode, feed_back, &tq_avx512_bf16};
+const tq_engine tq_avx512 = {"avx512", 64, available, prepare, integer, exact, decode, feed_back, &tq_avx512_bf16};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #define TURBOQUANT_AVX2
+#define TURBOQUANT_AVX512
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)

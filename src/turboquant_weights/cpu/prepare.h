@@ -74,6 +74,36 @@ static inline void hadamard8(float *v)
 #endif
 }
 
+#if defined(TURBOQUANT_AVX512)
+/* Those within 16 neighbours: each lane and its partner, added or subtracted. */
+static inline __attribute__((always_inline)) __m512 butterflies16(__m512 x)
+{
+    const __m512 one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
+    x = _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xaaaa, minus), _mm512_permute_ps(x, 0xb1));
+    x = _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xcccc, minus), _mm512_permute_ps(x, 0x4e));
+    x = _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xf0f0, minus), _mm512_shuffle_f32x4(x, x, 0xb1));
+    return _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xff00, minus), _mm512_shuffle_f32x4(x, x, 0x4e));
+}
+
+/* In registers from the first to the last. */
+static inline __attribute__((always_inline)) void butterflies(float *x, const int block)
+{
+    __m512 v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < block / 16; i++) v[i] = butterflies16(_mm512_loadu_ps(x + 16 * i));
+#pragma GCC unroll 4
+    for (int half = 1; half < block / 16; half *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < block / 16; i++) {
+            if (i & half) continue;
+            const __m512 a = v[i], b = v[i + half];
+            v[i] = _mm512_add_ps(a, b);
+            v[i + half] = _mm512_sub_ps(a, b);
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < block / 16; i++) _mm512_storeu_ps(x + 16 * i, v[i]);
+}
+#else
 /* Sizes known when compiling, so that the loops become vectors. */
 static inline __attribute__((always_inline)) void butterflies(float *x, const int block)
 {
@@ -87,6 +117,7 @@ static inline __attribute__((always_inline)) void butterflies(float *x, const in
                 x[i + j + half] = a - b;
             }
 }
+#endif
 
 static void hadamard(float *x, int block)
 {
