@@ -5,9 +5,10 @@
     python benchmarks/cpu.py model --gguf SmolLM2-135M-Instruct.Q4_1.gguf --compile
 
 Layers rotate over copies of the weights, 200 MB in all, so each reads its weights from memory as it does in a model. All
-kinds of layers take turns, call by call, so that whatever else the machine does hits them alike; times are medians in
-milliseconds. Beside them stands a yardstick: the time in which PyTorch sums up the planes of 4 bits. A file that exists
-is completed: cells measured again are replaced, so that a long run may be done in pieces.
+kinds of layers take turns, call by call, so that whatever else the machine does hits them alike; those that share copies
+are at different ones, since what one has read may be in the cache for the next. Times are medians in milliseconds. Beside
+them stands a yardstick: the time in which PyTorch sums up the planes of 4 bits. A file that exists is completed: cells
+measured again are replaced, so that a long run may be done in pieces.
 
 `model` decodes greedily, the models taking turns token by token, and says where the time goes: in the engine, in the Python
 around it, and in all else (Transformers, attention, norms). With `--compile` each model's step is one graph of
@@ -99,6 +100,12 @@ def interleaved_ms(kinds: dict[str, Calls], seconds: float, least: int = 3) -> d
     return {name: sorted(values) for name, values in times.items()}
 
 
+def apart(calls: Calls, number: int, of: int = 6) -> Calls:
+    """The same calls, beginning at another one for each number below ``of``."""
+    start = len(calls) * number // of
+    return calls[start:] + calls[:start]
+
+
 def measure(rows: int, columns: int, tokens: list[int], seconds: float) -> list[dict]:
     planes = {}
     for residual_bits in (0, 4):
@@ -110,6 +117,7 @@ def measure(rows: int, columns: int, tokens: list[int], seconds: float) -> list[
         kinds["torch fp32"] = dense_calls(rows, columns, m, torch.float32)
         if m <= 16:  # it is for few tokens
             kinds["aten int4"] = int4_calls(rows, columns, m)
+        sharing = dict.fromkeys(planes, 0)  # kinds of layers that read the same planes
         for residual_bits, copies in planes.items():
             layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
             for engine in library.engines():
@@ -118,9 +126,11 @@ def measure(rows: int, columns: int, tokens: list[int], seconds: float) -> list[
                         continue
                     x = torch.randn(m, columns, dtype=dtype)
                     name = f"{'4+4' if residual_bits else '4'} {engine.name}{' fp32' if dtype == torch.float32 else ''}"
-                    kinds[name] = [
+                    calls = [
                         lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in copies
                     ]  # type: ignore[misc]
+                    sharing[residual_bits] += 1
+                    kinds[name] = apart(calls, sharing[residual_bits])
         kinds["read"] = [lambda p=p: (p.codes.view(torch.int64).sum(), p.scales.view(torch.int32).sum()) for p in planes[0]]  # type: ignore[misc]
         times = interleaved_ms(kinds, seconds)
         cell = dict(rows=rows, columns=columns, tokens=m, threads=torch.get_num_threads(), ms={}, quartiles={})

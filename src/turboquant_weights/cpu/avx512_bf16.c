@@ -91,28 +91,31 @@ INLINE void decode_row(const tq_layer *layer, const decoding *how, int64_t row, 
     }
 }
 
-/* sums [STRIP][stride] += weights [STRIP][width] times x [pairs][64], for 16 V tokens. */
-INLINE void inner(const uint16_t *weights, int64_t width, const uint32_t *x, int64_t pairs, float *sums, int64_t stride,
-                  const int V)
+/* sums [STRIP][stride] += weights [STRIP][width] times x [pairs][64], for 16 V tokens. Of what comes next a cache line is
+ * prefetched for every other pair. */
+INLINE void inner(const uint16_t *weights, int64_t width, const uint32_t *x, int64_t pairs, const char *next, float *sums,
+                  int64_t stride, const int V)
 {
     __m512 sum[STRIP][4];
 #pragma GCC unroll 6
     for (int r = 0; r < STRIP; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sum[r][v] = _mm512_loadu_ps(sums + r * stride + 16 * v);
-    for (int64_t pair = 0; pair < pairs; pair++, x += 64) {
-        __m512bh token[4];
+    for (int64_t pair = 0; pair < pairs; pair += 2, x += 128, next += 64) {
+        _mm_prefetch(next, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512bh token[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) _mm_prefetch((const char *)(x + 16 * v + 512), _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) token[v] = (__m512bh)_mm512_load_si512(x + 16 * v);
+            for (int v = 0; v < V; v++) token[v] = (__m512bh)_mm512_load_si512(x + 64 * half + 16 * v);
 #pragma GCC unroll 6
-        for (int r = 0; r < STRIP; r++) {
-            int32_t two;
-            memcpy(&two, weights + r * width + 2 * pair, 4);
-            const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+            for (int r = 0; r < STRIP; r++) {
+                int32_t two;
+                memcpy(&two, weights + r * width + 2 * (pair + half), 4);
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], token[v], weight);
+                for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], token[v], weight);
+            }
         }
     }
 #pragma GCC unroll 6
@@ -121,9 +124,51 @@ INLINE void inner(const uint16_t *weights, int64_t width, const uint32_t *x, int
         for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + r * stride + 16 * v, sum[r][v]);
 }
 
+typedef void inner_function(const uint16_t *, const uint32_t *, int64_t pairs, const char *next, float *sums, int64_t stride);
+
+/* Functions of their own: among other code the accumulators would not stay in registers. */
+#define INNER(V)                                                                                                            \
+    static __attribute__((noinline)) void inner##V(const uint16_t *weights, const uint32_t *x, int64_t pairs,               \
+                                                   const char *next, float *sums, int64_t stride)                           \
+    {                                                                                                                       \
+        inner(weights, TILE_COLUMNS, x, pairs, next, sums, stride, V);                                                      \
+    }
+INNER(1)
+INNER(2)
+INNER(3)
+INNER(4)
+
+/* Blocks [block, end) of rows to a tile. */
+INLINE void decode_tile(const tq_layer *layer, const decoding *how, int64_t row, int64_t rows, int64_t block, int64_t end,
+                        uint16_t *tile)
+{
+    for (int64_t r = 0; r < rows; r++)
+        if (layer->book->residual_bits)
+            decode_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS);
+        else
+            decode_base_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS);
+}
+
+INLINE void prefetch_bytes(const uint8_t *from, int64_t count)
+{
+    for (int64_t i = 0; i < count; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T1);
+}
+
+/* Fetches what decode_tile will read of a strip of rows. */
+INLINE void prefetch_strip(const tq_layer *layer, int64_t row, int64_t block)
+{
+    const int width = layer->book->bits, rest = layer->book->residual_bits;
+    for (int64_t r = row; r < row + STRIP; r++) {
+        prefetch_bytes(row_of(layer->codes, layer->codes_stride, r) + 4 * width * block, TILE_COLUMNS / 8 * width);
+        if (rest) prefetch_bytes(row_of(layer->residual, layer->residual_stride, r) + 4 * rest * block, TILE_COLUMNS / 8 * rest);
+        prefetch_bytes(row_of(layer->scales, layer->scales_stride, r) + block, TILE_COLUMNS / BLOCK);
+    }
+}
+
 static void multiply(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t tokens, float *sums,
                      uint16_t *tile)
 {
+    static inner_function *const inners[] = {inner1, inner2, inner3, inner4};
     const tq_codebook *book = layer->book;
     const decoding how = decoding_of(book, book->half_high, book->half_low);
     const int64_t stride = (tokens + 15) / 16 * 16, columns = act->blocks * BLOCK;
@@ -132,21 +177,20 @@ static void multiply(const tq_layer *layer, const tq_activations *act, int64_t r
         const int64_t rest = layer->blocks - block;
         const int64_t end = rest < TILE_COLUMNS / BLOCK ? layer->blocks : block + TILE_COLUMNS / BLOCK;
         const int64_t pairs = (end - block + 1) / 2 * 32; /* whole steps of 64 columns */
-        for (int64_t r = 0; r < rows; r++)
-            if (book->residual_bits)
-                decode_row(layer, &how, row + r, block, end, tile + r * TILE_COLUMNS);
-            else
-                decode_base_row(layer, &how, row + r, block, end, tile + r * TILE_COLUMNS);
+        decode_tile(layer, &how, row, rows, block, end, tile);
         for (int64_t first = 0; first < tokens; first += 64) {
             const uint32_t *x = (const uint32_t *)act->values + first / 64 * 32 * columns + block * (BLOCK / 2) * 64;
             const int64_t left = (tokens - first + 15) / 16;
+            const int last = end >= layer->blocks;
+            /* While these tokens are multiplied, the columns of the next 64 come to the L2 cache, or the next columns of the
+             * first 64. */
+            const uint32_t *after = (const uint32_t *)act->values + (last ? 0 : end) * (BLOCK / 2) * 64;
+            const char *next = (const char *)(first + 64 < tokens ? x + 32 * columns : after);
             for (int64_t r = 0; r < rows; r += STRIP) { /* the last strip may reach below: those sums are ignored */
-                const uint16_t *weights = tile + r * TILE_COLUMNS;
                 float *to = sums + r * stride + first;
-                if (left >= 4) inner(weights, TILE_COLUMNS, x, pairs, to, stride, 4);
-                else if (left == 3) inner(weights, TILE_COLUMNS, x, pairs, to, stride, 3);
-                else if (left == 2) inner(weights, TILE_COLUMNS, x, pairs, to, stride, 2);
-                else inner(weights, TILE_COLUMNS, x, pairs, to, stride, 1);
+                if (first == 0) prefetch_strip(layer, last ? row + rows + r : row + r, last ? 0 : end);
+                inners[left < 4 ? left - 1 : 3](tile + r * TILE_COLUMNS, x, pairs, next, to, stride);
+                next += 32 * pairs;
             }
         }
     }

@@ -259,13 +259,13 @@ static void finish(const job *j, int64_t row, int64_t rows, int64_t token, int64
 }
 
 /* Each thread begins with rows of its own, one run of memory, of which what is prefetched serves itself, and then helps others
- * with theirs, so that all end together. */
+ * with theirs, so that all end together. Runs begin where kernels' fours of rows and strips of six may begin. */
 static void share_rows(job *j)
 {
     const int64_t rows = j->layer->rows;
     for (int64_t t = 0; t < j->threads; t++) {
-        atomic_init(&j->ranges[t].next, rows * t / j->threads / 4 * 4);
-        j->ranges[t].end = t + 1 < j->threads ? rows * (t + 1) / j->threads / 4 * 4 : rows;
+        atomic_init(&j->ranges[t].next, rows * t / j->threads / 12 * 12);
+        j->ranges[t].end = t + 1 < j->threads ? rows * (t + 1) / j->threads / 12 * 12 : rows;
     }
 }
 
@@ -315,7 +315,13 @@ static int finish_tile(const job *j, int64_t row, int64_t rows, const float *sum
         }
         for (int64_t t = 0; t < count; t++) {
             uint16_t *out = (uint16_t *)j->y + (first + t) * j->layer->rows + row;
-            for (int64_t i = 0; i < rows; i++) out[i] = rounded[i * count + t];
+            int64_t i = 0;
+            for (; i + 4 <= rows; i += 4) { /* one word for four stores */
+                const uint16_t *from = rounded + i * count + t;
+                const uint16_t four[4] = {from[0], from[count], from[2 * count], from[3 * count]};
+                memcpy(out + i, four, 8);
+            }
+            for (; i < rows; i++) out[i] = rounded[i * count + t];
         }
     }
     return 1;
@@ -324,11 +330,11 @@ static int finish_tile(const job *j, int64_t row, int64_t rows, const float *sum
 static void tile_share(void *data)
 {
     job *j = data;
-    char *memory = j->scratch + j->scratch_bytes * atomic_fetch_add(&j->next_scratch, 1);
+    int64_t row, at = atomic_fetch_add(&j->next_scratch, 1), tried = 0;
+    char *memory = j->scratch + j->scratch_bytes * at;
     uint16_t *tile = (uint16_t *)memory;
     float *sums = (float *)(memory + TILE_ROWS * TILE_COLUMNS * 2);
-    for (int64_t row; (row = atomic_fetch_add(&j->next, TILE_ROWS)) < j->layer->rows;) {
-        const int64_t left = j->layer->rows - row, rows = left < TILE_ROWS ? left : TILE_ROWS;
+    for (int64_t rows; (rows = take_rows(j, &at, &tried, &row)) > 0;) {
         j->engine->tiled->multiply(j->layer, &j->act, row, rows, j->tokens, sums, tile);
         if (!finish_tile(j, row, rows, sums, tile)) finish(j, row, rows, 0, j->tokens, sums, (j->tokens + 15) / 16 * 16);
     }
@@ -383,10 +389,9 @@ API int tq_linear(const tq_call *call, const void *x, void *y, int64_t m, int th
     const int64_t row_bytes = 4 * layer->blocks * (layer->book->bits + layer->book->residual_bits);
     int64_t grain = layer->rows / (8 * threads), fits = SHARE_BYTES / row_bytes;
     grain = grain > fits ? fits : grain;
-    j.grain = grain > ROWS ? ROWS : grain < 4 ? 4 : grain / 4 * 4;
+    j.grain = j.mode == TILED ? TILE_ROWS : grain > ROWS ? ROWS : grain < 4 ? 4 : grain / 4 * 4;
     j.threads = threads;
     share_rows(&j);
-    atomic_init(&j.next, 0);
     atomic_init(&j.next_scratch, 0);
     run(j.mode == TILED ? tile_share : multiply_share, &j, threads);
     free(memory);
