@@ -97,6 +97,18 @@ def cpu_decode_table(path: pathlib.Path) -> list[str]:
     return lines
 
 
+def cpu_compiled_table(path: pathlib.Path) -> list[str]:
+    """Markdown lines of `cpu.py model --compile`."""
+    lines = ["| model, compiled | threads | tokens/s | of bf16 | ms per token |", "|---" * 5 + "|"]
+    rows = json.loads(path.read_text())["cells"]
+    dense = {row["threads"]: row["tokens_per_s"] for row in rows if row["model"] == "bf16, compiled"}
+    for row in rows:
+        rate = row["tokens_per_s"]
+        cells = [row["model"].removesuffix(", compiled"), str(row["threads"]), f"{rate:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{rate / dense[row['threads']]:.2f}", f"{row['ms']:.1f}"]) + " |")
+    return lines
+
+
 def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         if path.name.startswith("quality-"):
@@ -109,6 +121,8 @@ def main() -> None:
             print(path.name, *vllm_table(path), "", sep="\n")
         elif path.name == "cpu-layers.json":
             print(path.name, *cpu_layers_table(path), "", sep="\n")
+        elif path.name.startswith("cpu-model-compiled"):
+            print(path.name, *cpu_compiled_table(path), "", sep="\n")
         elif path.name.startswith("cpu-model"):
             print(path.name, *cpu_decode_table(path), "", sep="\n")
 

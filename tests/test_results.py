@@ -91,6 +91,7 @@ def test_cpu_speed():
     check(TABLES["cpu_layers_table"](ROOT / "benchmarks/results/cpu-layers.json"))
     for name in ("cpu-model", "cpu-model-cascade-lake", "cpu-model-whole-file-cascade-lake"):
         check(TABLES["cpu_decode_table"](ROOT / f"benchmarks/results/{name}.json"))
+    check(TABLES["cpu_compiled_table"](ROOT / "benchmarks/results/cpu-model-compiled-cascade-lake.json"))
 
 
 def test_serving_speed():
