@@ -126,9 +126,7 @@ def measure(rows: int, columns: int, tokens: list[int], seconds: float) -> list[
                         continue
                     x = torch.randn(m, columns, dtype=dtype)
                     name = f"{'4+4' if residual_bits else '4'} {engine.name}{' fp32' if dtype == torch.float32 else ''}"
-                    calls = [
-                        lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in copies
-                    ]  # type: ignore[misc]
+                    calls = [lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in copies]  # type: ignore[misc]
                     sharing[residual_bits] += 1
                     kinds[name] = apart(calls, sharing[residual_bits])
         kinds["read"] = [lambda p=p: (p.codes.view(torch.int64).sum(), p.scales.view(torch.int32).sum()) for p in planes[0]]  # type: ignore[misc]
