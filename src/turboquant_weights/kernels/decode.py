@@ -20,6 +20,9 @@ part up: 0.8 instructions per weight at 3 bits. No vector has three words, so a 
 The assembly is PTX and NVIDIA's only; :func:`decode_gather` is the portable path, correct for every pair of planes.
 """
 
+# Triton's tuples may be of any length:
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import functools

@@ -18,6 +18,9 @@ Gluon, because Triton can express neither roles nor products that are waited for
 ``linear.py`` uses this module with a known version of Triton only.
 """
 
+# Triton's tuples may be of any length:
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from typing import Any
