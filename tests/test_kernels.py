@@ -892,6 +892,23 @@ def test_bytes_of_awkward_shapes(m, n, k, group_size):
     assert (got.double() - want.double()).norm() <= 0.01 * want.double().norm()
 
 
+@pytest.mark.parametrize(("bits", "residual_bits"), [(4, 0), (3, 0), (4, 4)])
+def test_bytes_in_parts_of_rows(bits, residual_bits, monkeypatch):
+    """What a huge output head goes through: each part has its rows of scales and bias, and its columns of the output."""
+    m, n, k = 9, 75, 256
+    packed, _ = layer(n, k, bits, residual_bits)
+    x, bias = inputs(m, n, 2 * k)
+    x = x[:, 1 : 1 + k]  # rows that lie apart and begin anywhere
+    layout = dict(bits=bits, residual_bits=residual_bits, group_size=128, seed=0)
+    whole, parts = (torch.full((m, n), torch.nan, dtype=x.dtype, device=DEVICE) for _ in range(2))
+    kernels.through_bytes(x, packed, bias, whole, k, *layout.values())
+    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", k * 33)
+    kernels.through_bytes(x, packed, bias, parts, k, *layout.values())
+    want = reference.linear_in_bytes(x, packed, bias, k, **layout)
+    assert torch.equal(parts, whole)
+    assert (whole.double() - want.double()).norm() <= 0.01 * want.double().norm()
+
+
 def test_bytes_keep_what_is_not_finite():
     packed, _ = layer(33, 128, 4, 0)
     x, _ = inputs(4, 33, 128)
