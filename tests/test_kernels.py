@@ -923,15 +923,16 @@ def test_bytes_are_opt_in(monkeypatch):
     x, _ = inputs(schedule.INT8_TOKENS, 33, 128)
     true = x.double() @ exact.T
 
-    def error(value: str, tokens: int) -> float:
+    def error(value: str, tokens: int, dtype: torch.dtype = x.dtype) -> float:
         monkeypatch.setenv(kernels.INT8_VARIABLE, value)
         kernels._rounds_activations.cache_clear()
-        got = kernels.linear(x[:tokens], packed, None, 128, bits=4, residual_bits=0, group_size=128, seed=0)
+        got = kernels.linear(x[:tokens].to(dtype), packed, None, 128, bits=4, residual_bits=0, group_size=128, seed=0)
         return float((got.double() - true[:tokens]).norm() / true[:tokens].norm())
 
     try:
         assert error("1", len(x)) > 4e-3
         assert max(error("1", len(x) - 1), error("0", len(x)), error("0", len(x) - 1)) < 2e-3
+        assert error("1", len(x), torch.float32) < 1e-5
         with pytest.raises(QuantizationError, match=f"{kernels.INT8_VARIABLE} is 'yes': 0 or 1"):
             error("yes", len(x))
     finally:
