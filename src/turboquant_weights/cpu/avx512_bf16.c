@@ -23,6 +23,17 @@ enum { STRIP = 6 }; /* rows of the inner kernel: 6 x 4 accumulators */
 
 static int available(void) { return tq_avx512.available() && __builtin_cpu_supports("avx512bf16"); }
 
+/* Of 64 columns those with even numbers, then the others: as the nibbles of codes come out of their bytes. */
+INLINE void even_order(const float *columns, float *out)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    for (int half = 0; half < 2; half++) {
+        const __m512 low = _mm512_loadu_ps(columns + 32 * half), high = _mm512_loadu_ps(columns + 32 * half + 16);
+        _mm512_storeu_ps(out + 16 * half, _mm512_permutex2var_ps(low, even, high));
+        _mm512_storeu_ps(out + 32 + 16 * half, _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+    }
+}
+
 /* Token t of the activation: pairs of columns [pair][t % 64] of 32 bits in the block of 64 tokens that t belongs to. */
 static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
 {
@@ -35,6 +46,8 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
         uint32_t pairs[32];
         if (layer->book->residual_bits)
             exact_order(rotated + i, ordered);
+        else if (layer->book->bits == 4)
+            even_order(rotated + i, ordered);
         else
             memcpy(ordered, rotated + i, sizeof ordered);
         for (int half = 0; half < 2; half++) {
@@ -45,10 +58,12 @@ static void prepare(const tq_layer *layer, const tq_activations *act, const void
     }
 }
 
-/* Columns of blocks [block, end) of one row, rounded to bfloat16. With 16 levels at most, the levels are multiplied with the
- * two scales of 64 columns before they are looked up. */
-INLINE void decode_base_row(const tq_layer *layer, const decoding *how, int64_t row, int64_t block, int64_t end, uint16_t *out)
+/* Columns of blocks [block, end) of one row, rounded to bfloat16; `fours`: of 4 bits, in even_order. With 16 levels at most,
+ * the levels are multiplied with the two scales of 64 columns before they are looked up. */
+INLINE void decode_base_row(const tq_layer *layer, const decoding *how, int64_t row, int64_t block, int64_t end, uint16_t *out,
+                            const int fours)
 {
+    const __m512i second_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
     const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
     const __m512 levels = _mm512_loadu_ps(layer->book->level);
@@ -60,11 +75,19 @@ INLINE void decode_base_row(const tq_layer *layer, const decoding *how, int64_t 
             const __m512 first = _mm512_mul_ps(levels, _mm512_permutexvar_ps(lane, own));
             const __m512 second = _mm512_mul_ps(levels, _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(1)), own));
             const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-            const __m512i index = index64(codes, NULL, at, layer->blocks, how);
-            const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(index));
-            const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(index, 1));
+            __m512i low, high;
+            if (fours) { /* a byte in 16 bits: an even column's nibble and an odd one's */
+                const __mmask32 there = layer->blocks - at >= 2 ? 0xffffffff : 0xffff;
+                const __m512i both = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, codes + 16 * at));
+                low = _mm512_ternarylogic_epi32(both, _mm512_set1_epi16(15), second_half, 0xea); /* (a & b) | c */
+                high = _mm512_or_si512(_mm512_srli_epi16(both, 4), second_half);
+            } else {
+                const __m512i index = index64(codes, NULL, at, layer->blocks, how);
+                low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(index));
+                high = _mm512_or_si512(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(index, 1)), _mm512_set1_epi16(16));
+            }
             _mm512_storeu_si512(out, _mm512_permutexvar_epi16(low, table));
-            _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(_mm512_or_si512(high, _mm512_set1_epi16(16)), table));
+            _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(high, table));
             lane = _mm512_add_epi32(lane, _mm512_set1_epi32(2));
         }
     }
@@ -145,8 +168,10 @@ INLINE void decode_tile(const tq_layer *layer, const decoding *how, int64_t row,
     for (int64_t r = 0; r < rows; r++)
         if (layer->book->residual_bits)
             decode_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS);
+        else if (layer->book->bits == 4)
+            decode_base_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS, 1);
         else
-            decode_base_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS);
+            decode_base_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS, 0);
 }
 
 INLINE void prefetch_bytes(const uint8_t *from, int64_t count)
