@@ -218,7 +218,7 @@ def choose(
                     return schedule
         if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
             return _integer(rows, columns)
-        # Rotating takes registers, which a residual needs, too: two launches are faster over long rows and for many of them.
+        # Rotating takes registers, which a residual needs, too: over long rows, and over many, two launches are faster.
         if tokens == 1 and (not residual_bits or _rotates_in_one_wave(rows, columns)):
             return rotating(rows, columns, residual_bits)
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
