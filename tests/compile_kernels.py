@@ -11,12 +11,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from turboquant_weights.kernels import decode, dequantize, feedback, integer, prefill, rotate, rotating, slices, splitk
-from turboquant_weights.kernels.schedule import _ROTATION_BYTES, bytes_tile, streamk_stages
+from turboquant_weights.kernels.schedule import _ROTATION_BYTES, StreamK, bytes_tile, streamk_stages
 
 POINTERS = dict(
     x="*fp16", token_scale="*fp32", codes="*u8", residual="*u8", scales="*u8", exponents="*i8", bias="*bf16", levels="*fp32",
     out="*bf16", partial="*fp32", counters="*i32", sign="*bf16", matrix="*bf16",
 )  # fmt: skip
+LARGE = 1 << 30  # weights of a layer
 PAIRS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4), (3, 3))
 DIVISIBLE = ("x_stride", "code_stride", "out_stride", "columns")
 
@@ -46,11 +47,12 @@ def build_streamk(block_m, groups, bits, residual_bits):
         return f"tensordesc<{kind}{block[0]},{block[1]!r}>"
 
     plane, rest = (streamk.plane_block(block_m, groups, words) for words in (bits, residual_bits or bits))
-    kinds = POINTERS | dict(x=operand("fp16", streamk.x_block(block_m)), codes=operand("i32", plane))
+    kinds = POINTERS | dict(x=operand("fp16", streamk.x_block(block_m)), codes=operand("i32", plane), levels="*i32")
     kinds["residual"] = operand("i32", rest)
-    stages = streamk_stages(block_m, groups, bits, residual_bits)
-    tile = dict(BLOCK_M=block_m, GROUPS=groups, STAGES=stages)
-    constants = dict(tile, BITS=bits, RESIDUAL_BITS=residual_bits, HAS_BIAS=True, PDL=True)
+    schedule = StreamK(block_m, groups, streamk_stages(block_m, groups, LARGE, bits, residual_bits))
+    tile = dict(zip(("BLOCK_M", "GROUPS", "STAGES"), schedule, strict=True))
+    looks_up = schedule.looks_up(LARGE, bits, residual_bits)
+    constants = dict(tile, BITS=bits, RESIDUAL_BITS=residual_bits, HAS_BIAS=True, LOOKUP=looks_up, PDL=True)
     names = streamk.streamk_kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "rows"]
@@ -61,15 +63,16 @@ def build_streamk(block_m, groups, bits, residual_bits):
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = dict(num_warps=4, maxnreg=streamk.registers(block_m, groups))
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options), looks_up
 
 
 def check_streamk() -> None:
     tiles = ((32, 2, 4, 1), (64, 2, 4, 2), (128, 2, 4, 0), (128, 3, 4, 4), (256, 2, 4, 4))
     for tile in (*tiles, (64, 2, 2, 0), (64, 2, 3, 0), (128, 3, 4, 3), (256, 2, 3, 3)):
-        kernel = build_streamk(*tile)
-        beside = _ROTATION_BYTES if tile[0] <= 64 or tile[:2] == (128, 2) else 0  # where there are registers for both
-        assert kernel.metadata.shared + beside <= 227 << 10
+        kernel, looks_up = build_streamk(*tile)
+        assert looks_up == (tile[0] <= 64 or (tile[0] == 128 and tile[3] == 4))
+        beside = _ROTATION_BYTES if tile[0] <= 64 and not tile[3] else 0
+        assert kernel.metadata.shared + decode.TABLE_BYTES * looks_up + beside <= 227 << 10
         # ptxas says, and nobody sees it, if it has every product of a warp group wait for the one before.
         command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", "-o", "/dev/null", "-"]
         said = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True)

@@ -60,6 +60,7 @@ OPERATIONS = {
     "shr": lambda a, b: a >> b,
     "add.u32": lambda a, b: a + b,
     "mul.lo": lambda a, b: a * b,
+    "mad.lo": lambda a, b, c: a * b + c,
     "bfe": lambda a, start, length: (a >> start) & ((np.uint32(1) << length) - np.uint32(1)),
     "lop3": _lop3,
     "shf.r.wrap": lambda low, high, shift: ((low | high.astype(np.uint64) << 32) >> (shift & 31)).astype(np.uint32),
@@ -77,8 +78,9 @@ OPERATIONS = {
 }
 
 
-def run(assembly: str, results: int, operands: list[np.ndarray]) -> list[np.ndarray]:
-    """Executes ``assembly`` with uint32 ``operands`` as $results, ...; returns $0 .. $results-1."""
+def run(assembly: str, results: int, operands: list[np.ndarray], shared: np.ndarray | None = None) -> list[np.ndarray]:
+    """Executes ``assembly`` with uint32 ``operands`` as $results, ...; returns $0 .. $results-1. ``shared``: the words of
+    shared memory."""
     registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
     registers["%laneid"] = (np.arange(operands[0].size) % 32).astype(np.uint32)
     text = re.sub(r"//[^\n]*|[{}]", "", assembly)
@@ -88,6 +90,15 @@ def run(assembly: str, results: int, operands: list[np.ndarray]) -> list[np.ndar
             continue
         if words[0] == "mov.b32" and len(words) == 4:  # {low, high}, pair
             registers[words[1]], registers[words[2]] = registers[words[3]] & 0xFFFF, registers[words[3]] >> 16
+            continue
+        if words[0].startswith(("ld.shared.b32", "st.shared.v4.b32")):
+            address, offset = re.search(r"\[(\w+)(?: \+ (\d+))?\]", statement).groups()
+            at = (registers[address] + np.uint32(offset or 0)) // 4
+            if words[0].startswith("ld"):
+                registers[words[1]] = shared[at]
+            else:
+                for i, word in enumerate(words[-4:]):
+                    shared[at + i] = registers[word]
             continue
         name = next(known for known in OPERATIONS if words[0].startswith(known))
         arguments = [registers[w] if w in registers else np.full_like(operands[0], int(w, 0)) for w in words[2:]]

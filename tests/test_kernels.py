@@ -123,7 +123,7 @@ def inputs(m: int, n: int, k: int, dtype=torch.float16, bias=True):
 
 
 def test_orders_of_columns_are_permutations():
-    for column in (decode.physical_column, decode.slice_column):
+    for column in (decode.physical_column, decode.paired_column, decode.slice_column):
         assert sorted(map(column, range(128))) == list(range(128))
 
 
@@ -166,22 +166,45 @@ def fields(words, bits):
     return sum(stream[i::bits] << np.uint32(i) for i in range(bits)).astype(np.uint32)
 
 
-@needs_interpreter
 @pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
-def test_assembly_decodes_the_codebook_exactly(bits, residual_bits):
+def test_a_table_in_shared_memory_has_every_word_32_times(bits, residual_bits):
+    streamk = pytest.importorskip("turboquant_weights.kernels.streamk")
+    words = np.array(decode.lookup_words(bits, residual_bits)).astype(np.uint32)
+    start = 128
+    shared = np.zeros(start // 4 + decode.TABLE_BYTES // 4 + 32, np.uint32)
+    thread = np.arange(128, dtype=np.uint32)
+    run(streamk._FILL.value, 1, [words[::2].copy(), words[1::2].copy(), np.full_like(thread, start), thread], shared)
+    assert np.array_equal(shared[32:-32].reshape(256, 32), np.repeat(words[:, None], 32, 1))
+    assert not shared[:32].any()
+    assert not shared[-32:].any()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("looks_up", [False, True])
+@pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
+def test_assembly_decodes_the_codebook_exactly(bits, residual_bits, looks_up):
     random = np.random.default_rng(0)
     above = 4 if residual_bits == 0 else bits  # without a residual anything may stand above a code
     words = [nibbles(random.integers(0, 2**above, (8, 4099), dtype=np.uint32)) for _ in range(2)]
     rests = [random.integers(0, 2**residual_bits, (8, 4099), dtype=np.uint32) for _ in range(2)]
     packed_rests = [nibbles(rest if residual_bits == 4 else 2 * rest) for rest in rests]
     operands = words + (packed_rests if residual_bits else []) + [np.full_like(words[0], 0x3C003C00)] * 2
+    order: tuple[int, ...] = (0, 2, 1, 3, 4, 6, 5, 7)
+    assembly, shared = decode.assembly(bits, residual_bits), None
+    if looks_up:
+        assembly = decode.lookup_assembly(bits, residual_bits)
+        order = order if residual_bits else tuple(range(8))
+        lane = (np.arange(words[0].size) % 32).astype(np.uint32)
+        own = np.array(decode.lookup_words(bits, residual_bits)).astype(np.uint32)
+        shared = np.concatenate([np.full(32, 0xDEAD, np.uint32), np.repeat(own, 32)])
+        operands += [128 + 4 * lane] * 2 + [np.full_like(lane, decode.lookup_stride(residual_bits))] * 2
     for table in (decode._HIGH.value,) if residual_bits else decode._base_tables(bits):
         operands += [np.full_like(words[0], table & 0xFFFFFFFF)] * 2
-    registers = run(decode.assembly(bits, residual_bits), 8, operands)
+    registers = run(assembly, 8, operands, shared)
     table = np.array([float(level) for level in levels(bits, residual_bits)])
     halves = np.stack([r.view(np.float16).reshape(-1, 2)[:, i] for r in registers for i in (0, 1)]).astype(np.float64)
     for w in (0, 1):
-        for position, weight in enumerate((0, 2, 1, 3, 4, 6, 5, 7)):
+        for position, weight in enumerate(order):
             code = (words[w] >> np.uint32(4 * weight)) & np.uint32(2**bits - 1)
             assert np.array_equal(halves[8 * w + position], table[code << np.uint32(residual_bits) | rests[w][weight]])
 
@@ -246,7 +269,8 @@ def test_integer_assembly_decodes_the_codebook_exactly(bits):
 def test_assembly_results_share_no_register_with_operands():
     """Results are written before the last operand is read. The emulator cannot see that two of them share a register."""
     matmuls = decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS, integer._CONSTRAINTS
-    for constraints in (*matmuls, decode._BFLOAT_BASE_CONSTRAINTS, decode._BFLOAT_NESTED_CONSTRAINTS):
+    lookups = decode._LOOKUP_BASE_CONSTRAINTS, decode._LOOKUP_NESTED_CONSTRAINTS
+    for constraints in (*matmuls, *lookups, decode._BFLOAT_BASE_CONSTRAINTS, decode._BFLOAT_NESTED_CONSTRAINTS):
         assert all(c.startswith("=&") for c in constraints.value.split(",") if "=" in c)
     assert inspect.getsource(decode).count('"=r,') == 2  # register and the scales, which write their result last
 
@@ -321,11 +345,16 @@ def test_integers_on_a_gpu(dtype, bits, chosen):
     + [(256, 2, 3, 0, torch.bfloat16), (64, 2, 2, 0, torch.bfloat16), (128, 2, 2, 0, torch.bfloat16)]
     + [(64, 2, 2, 1, torch.bfloat16), (128, 3, 3, 3, torch.bfloat16)],
 )
-def test_stream_k(block_m, groups, bits, residual_bits, dtype):
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_stream_k(block_m, groups, bits, residual_bits, dtype, looks_up, monkeypatch):
     """Few tokens; tiles of several programs; programs of several tiles that fill their buffers more than once; tails."""
-    chosen = StreamK(block_m, groups, streamk_stages(block_m, groups, bits, residual_bits))
+    looks_up = looks_up and block_m <= 128  # more leave no room for a table
+    monkeypatch.setattr(StreamK, "looks_up", lambda *_: looks_up)
+    kernels._plan.cache_clear()
+    chosen = StreamK(block_m, groups, streamk_stages(block_m, groups, 1 << 30, bits, residual_bits))
     for n, k, m in ((67, 512, 5), (130, 4096, 37), (322, 1280, 4100)):
         check(*inputs(m, n, k, dtype), n, k, bits, residual_bits, function=scheduled(chosen))
+    kernels._plan.cache_clear()
 
 
 @pytest.mark.gpu

@@ -32,9 +32,10 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
-from ..codebook import HALF_INTEGER_LEVELS, POLYNOMIALS
+from ..codebook import HALF_INTEGER_LEVELS, POLYNOMIALS, levels
 
 TILE = 128  # columns per step of the contraction
+TABLE_BYTES = 32 << 10  # of the table of :func:`lookup_words` in shared memory, each word 32 times
 
 
 def physical_column(place: int) -> int:
@@ -45,6 +46,16 @@ def physical_column(place: int) -> int:
     """
     p, h, i1, t, i0 = place >> 5, (place >> 4) & 1, (place >> 3) & 1, (place >> 1) & 3, place & 1
     return t * 32 + p * 8 + h * 4 + i0 * 2 + i1
+
+
+def paired_column(place: int) -> int:
+    """The column, within its tile of 128, at ``place`` of the contraction where :func:`lookup_assembly` decodes base planes.
+
+    >>> sorted(map(paired_column, range(128))) == list(range(128))
+    True
+    """
+    p, h, i1, t, i0 = place >> 5, (place >> 4) & 1, (place >> 3) & 1, (place >> 1) & 3, place & 1
+    return t * 32 + p * 8 + h * 4 + i1 * 2 + i0
 
 
 def slice_column(place: int) -> int:
@@ -89,12 +100,12 @@ _BASE_WORD = """{{
     and.b32 t, ${word}, {sign}; shr.u32 u, t, {shift}; mul.lo.u32 v, u, {ones};
     lop3.b32 s, ${word}, v, {magnitude}, 0x82;  // index of the magnitude: the bits below the sign, flipped below zero
     shr.u32 s2, s, 16; shr.u32 u2, u, 16;
-    prmt.b32 h0, $12, $14, s; prmt.b32 l0, $16, $18, s;
-    prmt.b32 h1, $12, $14, s2; prmt.b32 l1, $16, $18, s2;
-    prmt.b32 g0, $20, 0, u; prmt.b32 g1, $20, 0, u2;
+    prmt.b32 h0, ${h0}, ${h1}, s; prmt.b32 l0, ${l0}, ${l1}, s;
+    prmt.b32 h1, ${h0}, ${h1}, s2; prmt.b32 l1, ${l0}, ${l1}, s2;
+    prmt.b32 g0, ${negative}, 0, u; prmt.b32 g1, ${negative}, 0, u2;
     xor.b32 h0, h0, g0; xor.b32 h1, h1, g1;
-    prmt.b32 a, l0, h0, 0x6240; prmt.b32 b, l0, h0, 0x7351;
-    prmt.b32 c, l1, h1, 0x6240; prmt.b32 d, l1, h1, 0x7351;
+    prmt.b32 a, l0, h0, {first}; prmt.b32 b, l0, h0, {second};
+    prmt.b32 c, l1, h1, {first}; prmt.b32 d, l1, h1, {second};
     mul.rn.f16x2 ${r0}, a, $10; mul.rn.f16x2 ${r1}, b, $10; mul.rn.f16x2 ${r2}, c, $10; mul.rn.f16x2 ${r3}, d, $10;
 }}
 """
@@ -106,9 +117,15 @@ def _masks(bits: int) -> dict[str, object]:
     return dict(sign=f"0x{0x11111111 << (bits - 1):08x}", shift=bits - 1, ones=ones, magnitude=f"0x{0x11111111 * ones:08x}")
 
 
+def _base_word(word: int, bits: int, tables: int, picks: tuple[str, str] = ("0x6240", "0x7351")) -> str:
+    """``tables``: the first of their operands; ``picks``: bytes that make the first and the second of two half2."""
+    registers = {f"r{i}": 4 * word + i for i in range(4)}
+    names = {name: tables + 2 * i for i, name in enumerate(("h0", "h1", "l0", "l1", "negative"))}
+    return _BASE_WORD.format(word=8 + word, first=picks[0], second=picks[1], **registers, **names, **_masks(bits))
+
+
 def _base_assembly(bits: int) -> str:
-    words = (dict(word=8 + w, r0=4 * w, r1=4 * w + 1, r2=4 * w + 2, r3=4 * w + 3) for w in (0, 1))
-    return "".join(_BASE_WORD.format(**word, **_masks(bits)) for word in words)
+    return "".join(_base_word(word, bits, tables=12) for word in (0, 1))
 
 
 def _nested_word(bits: int, residual_bits: int, codes: str, rest: str, high: str) -> list[str]:
@@ -118,11 +135,8 @@ def _nested_word(bits: int, residual_bits: int, codes: str, rest: str, high: str
     Then the bytes of e, for even columns, and o, for odd ones, are indices twice as large, and one FMA makes them x, since
     1024 + 2**total - 1 is a half. Indices of 4 + 4 bits need an addition first: 1024 + 2**(total - 1) - 0.5 is none.
     """
-    total, twice = bits + residual_bits, residual_bits < 4
-    shift = residual_bits + twice
-    keep = f"0x{(0xF << shift) * 0x01010101:08x}"
-    odd = f"mov.b32 o, {codes}" if shift == 4 else f"shr.u32 o, {codes}, {4 - shift}"
-    if twice:
+    total = bits + residual_bits
+    if residual_bits < 4:
         factor, offset, shifted = 2.0 ** (1 - total), -(1023.0 + 2**total) * 2.0 ** (1 - total), ""
     else:
         factor, offset = 2.0 ** (2 - total), -(2.0 ** (1 - total))
@@ -131,8 +145,7 @@ def _nested_word(bits: int, residual_bits: int, codes: str, rest: str, high: str
     lines = [
         ".reg .b32 e, f, g, o, q, x, y0, y1, y2, y3, factor, offset;",
         f"mov.b32 factor, {_pair(factor)}; mov.b32 offset, {_pair(offset)};",
-        f"shl.b32 e, {codes}, {shift}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
-        f"{odd}; shr.u32 f, {rest}, 4; lop3.b32 o, o, f, {keep}, 0xE4;",
+        *_index_bytes(codes, rest, residual_bits),
     ]
     for pair, (source, pick) in enumerate((("e", "0x4140"), ("o", "0x4140"), ("e", "0x4342"), ("o", "0x4342"))):
         y = f"y{pair}"
@@ -144,12 +157,74 @@ def _nested_word(bits: int, residual_bits: int, codes: str, rest: str, high: str
     return lines
 
 
-def _nested_assembly(bits: int, residual_bits: int) -> str:
-    lines = []
-    for word in (0, 1):
-        lines += ["{", *_nested_word(bits, residual_bits, f"${8 + word}", f"${10 + word}", "$14")]
-        lines += [f"mul.rn.f16x2 ${4 * word + pair}, y{pair}, $12;" for pair in range(4)] + ["}"]
+def _nested_half(word: int, bits: int, residual_bits: int, high: str) -> str:
+    lines = ["{", *_nested_word(bits, residual_bits, f"${8 + word}", f"${10 + word}", high)]
+    lines += [f"mul.rn.f16x2 ${4 * word + pair}, y{pair}, $12;" for pair in range(4)] + ["}"]
     return "\n".join(lines)
+
+
+def _nested_assembly(bits: int, residual_bits: int) -> str:
+    return "\n".join(_nested_half(word, bits, residual_bits, "$14") for word in (0, 1))
+
+
+def _index_bytes(codes: str, rest: str, residual_bits: int) -> list[str]:
+    """Indices of the even columns of a word in the bytes of e, of the odd ones in those of o, twice as large unless the
+    residual has 4 bits."""
+    shift = residual_bits + (residual_bits < 4)
+    keep = f"0x{(0xF << shift) * 0x01010101:08x}"
+    odd = f"mov.b32 o, {codes}" if shift == 4 else f"shr.u32 o, {codes}, {4 - shift}"
+    return [
+        f"shl.b32 e, {codes}, {shift}; lop3.b32 e, e, {rest}, {keep}, 0xE4;",
+        f"{odd}; shr.u32 f, {rest}, 4; lop3.b32 o, o, f, {keep}, 0xE4;",
+    ]
+
+
+def _looked_up(residual_bits: int) -> str:
+    """The first of the two words."""
+    lines = ["{ .reg .b32 e, f, o, a, b, c, d;"]
+    if residual_bits:
+        lines += _index_bytes("$8", "$10", residual_bits)
+        for pair, (source, byte) in enumerate((("e", 0), ("o", 0), ("e", 2), ("o", 2))):
+            for at, level in ((byte, "c"), (byte + 1, "d")):
+                lines.append(f"prmt.b32 a, {source}, 0, 0x444{at}; mad.lo.u32 b, a, $16, $14; ld.shared.b32 {level}, [b];")
+            lines.append(f"prmt.b32 c, c, d, 0x5410; mul.rn.f16x2 ${pair}, c, $12;")
+    else:
+        for pair in range(4):
+            lines.append(f"prmt.b32 a, $8, 0, 0x444{pair}; mad.lo.u32 b, a, $14, $12; ld.shared.b32 c, [b];")
+            lines.append(f"mul.rn.f16x2 ${pair}, c, $10;")
+    return "\n".join([*lines, "}"])
+
+
+@functools.cache
+def lookup_assembly(bits: int, residual_bits: int) -> str:
+    """PTX of a decoder for two words of each plane, widened, that looks up the first one's levels in shared memory
+    (:func:`lookup_words`) and computes the second one's: neither shared memory nor the arithmetic alone would be as fast.
+
+    The operands are those of :func:`assembly`, but before the tables come the address of this lane's column of the table in
+    shared memory, and the bytes from one value of an index byte to the next. Without a residual a register has the weights
+    (0, 1), (2, 3), (4, 5), (6, 7) of a word, with one (0, 2), (1, 3), (4, 6), (5, 7).
+    """
+    if residual_bits:
+        return f"{_looked_up(residual_bits)}\n{_nested_half(1, bits, residual_bits, '$18')}"
+    return f"{_looked_up(0)}\n{_base_word(1, bits, tables=16, picks=('0x5140', '0x7362'))}"
+
+
+@functools.cache
+def lookup_words(bits: int, residual_bits: int) -> tuple[int, ...]:
+    """The 256 words of the table in signed integers: two nibbles' levels in half precision, the lower nibble's in the lower
+    half, or, with a residual, the level of an index, twice."""
+    if residual_bits:
+        values = [_half_bits(level) * 0x10001 for level in levels(bits, residual_bits)]
+        values += [0] * (256 - len(values))
+    else:
+        halves = [_half_bits(level) for level in levels(bits)] * (16 >> bits)
+        values = [halves[byte & 15] | halves[byte >> 4] << 16 for byte in range(256)]
+    return tuple(value - (value >> 31 << 32) for value in values)
+
+
+def lookup_stride(residual_bits: int) -> int:
+    """Index bytes are twice as large as an index where a residual of less than 4 bits is."""
+    return 64 if 0 < residual_bits < 4 else 128
 
 
 @functools.cache
@@ -285,6 +360,8 @@ _SCALE = tl.constexpr(
 _RESULTS = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r"
 _BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 14)
 _NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 8)
+_LOOKUP_BASE_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 18)
+_LOOKUP_NESTED_CONSTRAINTS = tl.constexpr(_RESULTS + ",r" * 12)
 _BFLOAT_BASE_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 8)
 _BFLOAT_NESTED_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 5)
 _HIGH = tl.constexpr(0x64646464)  # the high byte of the half 1024, into whose mantissa an index is planted
@@ -440,6 +517,25 @@ def decode_wide(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEM
     else:
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASSEMBLY, _NESTED_CONSTRAINTS, [codes, refined, pairs, words[0]], dtype=(tl.float16,) * 8, is_pure=True, pack=2
+        )  # fmt: skip
+    even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
+    odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def decode_looked_up(codes, refined, pairs, words, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """:func:`decode_wide` with :func:`lookup_assembly`: before :func:`tables` come an address and a distance."""
+    if RESIDUAL_BITS == 0:
+        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            ASSEMBLY, _LOOKUP_BASE_CONSTRAINTS,
+            [codes, pairs, words[0], words[1], words[2], words[3], words[4], words[5], words[6]],
+            dtype=(tl.float16,) * 8, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            ASSEMBLY, _LOOKUP_NESTED_CONSTRAINTS, [codes, refined, pairs, words[0], words[1], words[2]],
+            dtype=(tl.float16,) * 8, is_pure=True, pack=2,
         )  # fmt: skip
     even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
     odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))

@@ -20,11 +20,21 @@ from ..codebook import level_tensor, levels
 from ..errors import QuantizationError
 from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
-from .decode import TILE, assembly, bfloat_assembly
+from .decode import TILE, assembly, bfloat_assembly, lookup_words
 from .dequantize import dequantize_kernel, dequantize_words_kernel
 from .integer import BYTES_TILES, META_BYTES, integer_kernel, rotate_bytes_kernel
 from .prefill import WEIGHT_ROWS, multiply_bytes_kernel, rotate_round_kernel, round_weights_kernel
-from .rotate import NATURAL, SLICES, SPLITK, outer_matrix, rotate_kernel, rotate_scaled_kernel, tile_matrix, tile_signs
+from .rotate import (
+    NATURAL,
+    PAIRED,
+    SLICES,
+    SPLITK,
+    outer_matrix,
+    rotate_kernel,
+    rotate_scaled_kernel,
+    tile_matrix,
+    tile_signs,
+)
 from .rotating import rotating_kernel, routed_kernel
 from .schedule import (
     INT8_TOKENS,
@@ -348,6 +358,11 @@ class _Plan(NamedTuple):
     sizes: tuple[int, int, int, int] = (0, 0, 0, 0)  # bytes: offsets of token scales, counters, partial sums; total
 
 
+@functools.cache
+def _lookup_table(bits: int, residual_bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(lookup_words(bits, residual_bits), dtype=torch.int32, device=device)
+
+
 @functools.lru_cache(maxsize=8192)
 def _plan(
     device: torch.device,
@@ -368,9 +383,9 @@ def _plan(
 ) -> _Plan:
     """``words``: assembly can read the planes. ``schedule`` is None to let the table decide."""
     decoder = assembly(bits, residual_bits) if words and _capability(device) >= 80 else ""
+    columns = groups * SCALE_BLOCK
     if schedule is None:
         streams = _streams(device, groups, words, strides)
-        columns = groups * SCALE_BLOCK
         schedule = choose(gpu_name(device), tokens, rows, columns, bits, residual_bits if decoder else None, streams)
     tiles = -(-groups // 4)
     block = rotation_block(in_features, group_size)
@@ -381,7 +396,7 @@ def _plan(
     if isinstance(schedule, Rotating):
         constants: tuple[Tensor, ...] = (sign, outer_matrix(block, device, dtype))
         sizes: tuple[int, ...] = (rows, in_features, groups, *strides)
-        tail = in_features != groups * SCALE_BLOCK or groups % 4 != 0 or tiles % (2 * schedule.warps) != 0
+        tail = in_features != columns or groups % 4 != 0 or tiles % (2 * schedule.warps) != 0
         constexprs = (bits, residual_bits, decoder, has_bias, tail, SLICE_ROWS, schedule.warps, pdl)
         grid = (-(-rows // SLICE_ROWS), 1, 1)
         return _Plan(
@@ -422,12 +437,14 @@ def _plan(
         parts = slots * split if split > 1 else 0
     elif isinstance(schedule, StreamK):
         row_tiles, token_tiles = -(-rows // (64 * schedule.groups)), -(-tokens // schedule.block_m)
-        assert schedule.serves(groups * SCALE_BLOCK)
-        steps = groups * SCALE_BLOCK // schedule.step
+        assert schedule.serves(columns)
+        steps = columns // schedule.step
         units = row_tiles * token_tiles * steps
         share = schedule.share(row_tiles * token_tiles, steps, _multiprocessors(device))
         programs = -(-units // share)
-        order = SPLITK
+        looks_up = schedule.looks_up(rows * columns, bits, residual_bits)
+        order = PAIRED if looks_up and not residual_bits else SPLITK
+        levels = (_lookup_table(bits, residual_bits, device),)
         rest = residual_bits or bits
         tile = schedule.block_m, schedule.groups
         matrices = {
@@ -437,7 +454,7 @@ def _plan(
         }
         arguments = (
             *(tokens, rows, steps, token_tiles, strides[2], share, units),
-            *(*schedule, bits, residual_bits, has_bias, pdl),
+            *(*schedule, bits, residual_bits, has_bias, looks_up, pdl),
         )
         product = _MappedLaunch(streamk_kernel, (programs, 1, 1), arguments, 4, pdl, registers(*tile), matrices=matrices)
         slots, part = row_tiles * token_tiles * schedule.groups, 64 * schedule.block_m

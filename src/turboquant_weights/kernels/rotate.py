@@ -18,12 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import hadamard, signs
-from .decode import TILE, physical_column, power_of_two, slice_column
+from .decode import TILE, paired_column, physical_column, power_of_two, slice_column
 from .nvidia import launch_dependents, wait_for_producer
 
-# Orders of the columns within a tile of 128: as stored, and as the two matmuls want them.
-NATURAL, SPLITK, SLICES = range(3)
-_COLUMN: dict[int, Callable[[int], int]] = {NATURAL: int, SPLITK: physical_column, SLICES: slice_column}
+# Orders of the columns within a tile of 128: as stored, and as the matmuls want them.
+NATURAL, SPLITK, SLICES, PAIRED = range(4)
+_COLUMN: dict[int, Callable[[int], int]] = {
+    NATURAL: int,
+    SPLITK: physical_column,
+    SLICES: slice_column,
+    PAIRED: paired_column,
+}
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ScheduleError
+from .decode import TABLE_BYTES
 from .slices import MOST_TOKENS
 
 
@@ -54,6 +55,21 @@ class StreamK(NamedTuple):
     def step(self) -> int:
         """Columns of a step: few tokens leave room for two tiles of 128, and so for whole cache lines of codes."""
         return 256 if self.block_m <= 64 else 128
+
+    def bytes(self, bits: int, residual_bits: int) -> int:
+        """Of shared memory: as many steps as are in flight, as `streamk.py` copies them."""
+        tiles, plane = self.step // 128, sum(4 if width == 3 else width for width in (bits, residual_bits))
+        step = tiles * (64 * self.groups * 16 * plane + 256 * self.block_m + 4 * 128 * (self.groups - 1))
+        return self.stages * step
+
+    def looks_up(self, weights: int, bits: int, residual_bits: int) -> bool:
+        """Whether a table of levels in shared memory, which takes room and 0.2 us of a program, makes decoding faster
+        (measured on an H100 at 4 to 4+4 bits): products of 128 tokens and more hide arithmetic, unless it is much."""
+        if residual_bits:
+            helps = self.block_m <= 64 or (self.block_m == 128 and residual_bits in (2, 4))
+        else:
+            helps = self.block_m <= 64 and weights >= _STREAMK_WEIGHTS[32]
+        return helps and self.bytes(bits, residual_bits) + TABLE_BYTES <= _SHARED_BYTES
 
     def serves(self, columns: int) -> bool:
         """The copy engine must not be sent to columns that all lie beyond the end."""
@@ -150,7 +166,7 @@ _TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
         (18944, 3584, 4, 0): {1: (16, 2, 1, 2), 8: (4, 1)},
         (18944, 3584, 4, 4): {8: (4, 1)},
         (3584, 18944, 4, 0): {256: (128, 2, 3)},
-        (3584, 18944, 4, 4): {1: (8, 1), 8: (4, 4), 32: (32, 2, 3)},
+        (3584, 18944, 4, 4): {1: (8, 1)},
         (8192, 8192, 4, 0): {1: (32, 2, 4, 2)},
         (10240, 8192, 4, 0): {1: (16, 4, 1, 2)},
     },
@@ -221,13 +237,14 @@ def choose(
         # Rotating takes registers, which a residual needs, too: over long rows, and over many, two launches are faster.
         if tokens == 1 and (not residual_bits or _rotates_in_one_wave(rows, columns)):
             return rotating(rows, columns, residual_bits)
-        # Every 16 rows read all activations: without a residual to hide it, only from L1.
-        if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS) and _slices_fit(rows, columns):
+        streamk = _streamk(tokens, rows * columns, bits, residual_bits)
+        streams = warp_groups and streamk.serves(columns) and _is_enough(tokens, rows * columns)
+        # Every 16 rows read all activations: without a residual to hide it, only from L1, and not from long rows.
+        hidden = residual_bits > 0 and not (streams and tokens > 1 and columns > _ROTATING_COLUMNS)
+        if tokens <= MOST_TOKENS and (hidden or tokens * columns < _SLICE_ACTIVATIONS) and _slices_fit(rows, columns):
             return _slices(rows, columns, (bits, residual_bits) == (4, 0))
-        if warp_groups and _is_enough(tokens, rows * columns):
-            streamk = _streamk(tokens, rows * columns, bits, residual_bits)
-            if streamk.serves(columns):
-                return streamk
+        if streams:
+            return streamk
     return _splitk(tokens, rows, columns)
 
 
@@ -320,15 +337,19 @@ def _streamk(tokens: int, weights: int, bits: int, residual_bits: int) -> Stream
         block_m = 256
     if tokens <= 256 and weights < _HALF_TILES.get((block_m, residual_bits > 0), 0):
         block_m //= 2
-    return StreamK(block_m, 2, streamk_stages(block_m, 2, bits, residual_bits))
+    return StreamK(block_m, 2, streamk_stages(block_m, 2, weights, bits, residual_bits))
 
 
-def streamk_stages(block_m: int, groups: int, bits: int, residual_bits: int) -> int:
-    """Two or three, if they fit into shared memory, beside what the rotation wants of it where there are registers for both:
-    with more on their way at once a layer takes longer. 2 bits are so few bytes that as many as fit."""
-    tiles = StreamK(block_m, groups, 1).step // 128
-    plane = sum(4 if width == 3 else width for width in (bits, residual_bits))  # as `streamk.py` copies them
-    step = tiles * (64 * groups * 16 * plane + 256 * block_m + 4 * 128 * (groups - 1))
-    beside = block_m <= 64 or (block_m <= 128 and groups == 2)
-    most = 6 if bits + residual_bits == 2 else 2 if residual_bits and block_m <= 64 else 3
-    return max(min(most, (_SHARED_BYTES - beside * _ROTATION_BYTES) // step), min(2, _SHARED_BYTES // step))
+def streamk_stages(block_m: int, groups: int, weights: int, bits: int, residual_bits: int) -> int:
+    """Two or three, if they fit into shared memory, up to 64 tokens beside what the rotation wants of it: with more on their
+    way at once a layer takes longer. 2 bits are so few bytes that as many as fit."""
+    one = StreamK(block_m, groups, 1)
+    room, beside = _SHARED_BYTES - TABLE_BYTES * one.looks_up(weights, bits, residual_bits), 0
+    most = 3
+    if block_m <= 64:
+        few = residual_bits and (residual_bits < 4 or weights < _STREAMK_WEIGHTS[32])
+        most, beside = 6 if bits + residual_bits == 2 else 2 if few else 3, _ROTATION_BYTES
+        if residual_bits == 4 and not few:
+            beside //= 2
+    step = one.bytes(bits, residual_bits)
+    return max(min(most, (room - beside) // step), min(2, room // step))

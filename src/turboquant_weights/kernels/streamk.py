@@ -36,11 +36,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .decode import THREES, assembly, decode_wide, power_of_two, scale_pairs, tables, widen_3, widen_codes, widen_residual
+from .decode import (
+    TABLE_BYTES,
+    THREES,
+    assembly,
+    decode_looked_up,
+    decode_wide,
+    lookup_assembly,
+    lookup_stride,
+    power_of_two,
+    register,
+    scale_pairs,
+    tables,
+    widen_3,
+    widen_codes,
+    widen_residual,
+)
 from .nvidia import launch_dependents, wait_for_producer
 
 # Strings cannot be handed to the parts of a warp-specialized kernel.
-_ASSEMBLIES = gl.constexpr(tuple(assembly(bits, residual_bits) for bits in (2, 3, 4) for residual_bits in range(5)))
+_ASSEMBLIES, _LOOKUPS = (
+    gl.constexpr(tuple(make(bits, residual_bits) for bits in (2, 3, 4) for residual_bits in range(5)))
+    for make in (assembly, lookup_assembly)
+)
+_STRIDES = gl.constexpr(tuple(lookup_stride(residual_bits) for residual_bits in range(5)))
+# Static shared memory: what the compiler allocates it gives no address of, and lookups want one.
+_TABLE = gl.constexpr(f"{{ .shared .align 128 .b8 levels[{TABLE_BYTES}]; mov.u32 $0, levels; }}")
+# The words $1 and $2 to the rows 2t and 2t + 1 of the table at $3, t in $4. Eight neighbours write different 16 bytes of a
+# row at a time: otherwise they would all want the same banks.
+_FILL = gl.constexpr(
+    "{ .reg .b32 a, b; mad.lo.u32 a, $4, 256, $3; mov.b32 $0, 0;"
+    + "".join(
+        f" add.u32 b, $4, {i}; and.b32 b, b, 7; mad.lo.u32 b, b, 16, a;"
+        " st.shared.v4.b32 [b], {$1, $1, $1, $1}; st.shared.v4.b32 [b + 128], {$2, $2, $2, $2};"
+        for i in range(8)
+    )
+    + " }"
+)
 
 
 def realigning(up: int, mask: str) -> str:
@@ -359,9 +391,15 @@ def _word_halves(words):
 
 
 @gluon.jit
-def _left(codes, refined, pairs, words, RESIDUAL_BITS: gl.constexpr, ASSEMBLY: gl.constexpr, MMA: gl.constexpr):
+def _left(
+    codes, refined, pairs, words,
+    RESIDUAL_BITS: gl.constexpr, ASSEMBLY: gl.constexpr, LOOKUP: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
     """Half a tile [64, 64], decoded, as a left operand."""
-    weight = decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+    if LOOKUP:
+        weight = decode_looked_up(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+    else:
+        weight = decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
     # dims: warp, g, b, t, i0, p0, h, i1 -> rows (warp, b, g), columns (p0, h, i1, t, i0)
     weight = weight.reshape(4, 8, 2, 4, 2, 2, 2, 2).permute(0, 2, 1, 5, 6, 7, 3, 4).reshape(64, 64)
     return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
@@ -460,11 +498,11 @@ def _residual(words, lane, RESIDUAL_BITS: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+    x_ring, code_ring, rest_ring, scale_ring, full, empty, table,
     token_scale, exponents, bias, out, partial, counters,
     tokens, rows, steps, token_tiles, share, first, last,
     BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
+    HAS_BIAS: gl.constexpr, LOOKUP: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp group: 64 rows. While the tensor cores multiply 64 columns, the next 64 are decoded."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -476,11 +514,11 @@ def _consume(
     LINES: gl.constexpr = gl.SliceLayout(1, PAIRS)
     BOXES: gl.constexpr = _boxes(GROUPS)
     TILES: gl.constexpr = _tiles(BLOCK_M)
-    ASSEMBLY: gl.constexpr = _ASSEMBLIES[5 * (BITS - 2) + RESIDUAL_BITS]
+    ASSEMBLY: gl.constexpr = (_LOOKUPS if LOOKUP else _ASSEMBLIES)[5 * (BITS - 2) + RESIDUAL_BITS]
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
     words = tables(BITS, RESIDUAL_BITS)
-    lane = 0
-    if BITS == 3 or RESIDUAL_BITS == 3:
-        lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    if LOOKUP:
+        words = (table + lane * 4, register(_STRIDES[RESIDUAL_BITS])) + words  # noqa: RUF005 Triton knows no stars
     pick = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, PAIRS)), 0)
     if PDL:
         wait_for_producer()
@@ -510,8 +548,9 @@ def _consume(
                 pair_halves = _word_halves(pairs)
                 for half in gl.static_range(2):
                     weight = _left(
-                        packed_halves[half], refined_halves[half], pair_halves[half], words, RESIDUAL_BITS, ASSEMBLY, MMA
-                    )
+                        packed_halves[half], refined_halves[half], pair_halves[half], words,
+                        RESIDUAL_BITS, ASSEMBLY, LOOKUP, MMA,
+                    )  # fmt: skip
                     acc = warpgroup_mma(weight, right.slice(i * 128 + half * 64, 64), acc, is_async=True)
                     # One in flight, while the next is decoded; none when the block ends, or ptxas waits for each.
                     if i == TILES - 1 and half == 1:
@@ -533,10 +572,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["tokens", "scale_stride", "steps", "token_tiles", "share", "total"])
 def streamk_kernel(
-    x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
+    x, token_scale, codes, residual, scales, exponents, bias, levels, out, partial, counters,
     tokens, rows, steps, token_tiles, scale_stride, share, total,
     BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, RESIDUAL_BITS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, LOOKUP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     first = gl.program_id(0) * share
     last = gl.minimum(first + share, total)
@@ -564,20 +603,27 @@ def streamk_kernel(
         mbarrier.init(full.index(stage), count=33)
         mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
+    table = 0
+    if LOOKUP:
+        table = gl.inline_asm_elementwise(_TABLE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        row = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+        even = gl.load(levels + 2 * row)
+        odd = gl.load(levels + 2 * row + 1)
+        gl.inline_asm_elementwise(_FILL, "=r,r,r,r,r", [even, odd, table, row], dtype=gl.int32, is_pure=False, pack=1)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_consume, (
-                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty, table,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, LOOKUP, PDL, _G0,
                 )),
                 (_consume, (
-                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty, table,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, LOOKUP, PDL, _G1,
                 )),
                 (_produce, (
                     x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,
@@ -594,22 +640,22 @@ def streamk_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty, table,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G0,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, LOOKUP, PDL, _G0,
                 )),
                 (_consume, (
-                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty, table,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G1,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, LOOKUP, PDL, _G1,
                 )),
                 (_consume, (
-                    x_ring, code_ring, rest_ring, scale_ring, full, empty,
+                    x_ring, code_ring, rest_ring, scale_ring, full, empty, table,
                     token_scale, exponents, bias, out, partial, counters,
                     tokens, rows, steps, token_tiles, share, first, last,
-                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, PDL, _G2,
+                    BLOCK_M, GROUPS, STAGES, BITS, RESIDUAL_BITS, HAS_BIAS, LOOKUP, PDL, _G2,
                 )),
                 (_produce, (
                     x, codes, residual, x_ring, code_ring, rest_ring, full, empty, steps, token_tiles, first, last,

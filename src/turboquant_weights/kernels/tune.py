@@ -117,10 +117,10 @@ def candidates(
                 total = -(-rows // SLICE_ROWS) * warps * split
                 if 1000 <= total <= 10_000 and warps * split <= tiles:
                     out.append(Slices(warps, split))
-    if warp_groups and tokens > MOST_TOKENS:
+    if warp_groups and tokens > 1:
         block_m = min(256, max(16, triton.next_power_of_2(tokens)))
         for tile in ((block_m, 2), (max(16, block_m // 2), 2), (min(block_m, 128), 3)):
-            schedule = StreamK(*tile, streamk_stages(*tile, bits, residual_bits))
+            schedule = StreamK(*tile, streamk_stages(*tile, rows * columns, bits, residual_bits))
             out += [schedule] if schedule.serves(columns) else []
     largest = min(128, max(16, triton.next_power_of_2(tokens)))
     for block_m in {largest, max(16, largest // 2)}:
