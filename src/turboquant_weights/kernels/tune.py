@@ -117,7 +117,7 @@ def candidates(
                 total = -(-rows // SLICE_ROWS) * warps * split
                 if 1000 <= total <= 10_000 and warps * split <= tiles:
                     out.append(Slices(warps, split))
-    if warp_groups and tokens > 1:
+    if warp_groups and (tokens > 1 or residual_bits):
         block_m = min(256, max(16, triton.next_power_of_2(tokens)))
         for tile in ((block_m, 2), (max(16, block_m // 2), 2), (min(block_m, 128), 3)):
             schedule = StreamK(*tile, streamk_stages(*tile, rows * columns, bits, residual_bits))
