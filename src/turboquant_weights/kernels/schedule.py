@@ -164,7 +164,6 @@ _TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
             256: (128, 2, 3),
         },
         (18944, 3584, 4, 0): {1: (16, 2, 1, 2), 8: (4, 1)},
-        (18944, 3584, 4, 4): {8: (4, 1)},
         (3584, 18944, 4, 0): {256: (128, 2, 3)},
         (8192, 8192, 4, 0): {1: (32, 2, 4, 2)},
         (10240, 8192, 4, 0): {1: (16, 4, 1, 2)},
@@ -238,7 +237,8 @@ def choose(
             return rotating(rows, columns, residual_bits)
         streamk = _streamk(tokens, rows * columns, bits, residual_bits)
         streams = warp_groups and streamk.serves(columns) and _is_enough(tokens, rows * columns)
-        if streams and residual_bits and columns > _ROTATING_COLUMNS:
+        # It hides what a residual costs, where `slices.py` decodes as much for one token as for eight.
+        if streams and (residual_bits == 4 or (residual_bits and columns > _ROTATING_COLUMNS)):
             return streamk
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
         if tokens <= MOST_TOKENS and (residual_bits or tokens * columns < _SLICE_ACTIVATIONS) and _slices_fit(rows, columns):
