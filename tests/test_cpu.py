@@ -153,6 +153,32 @@ def test_nan_and_inf_reach_their_token_only(value, engine, exact):
 
 
 @each_path
+@pytest.mark.parametrize("rows", [5, 48, 83])
+def test_a_bias_decides_about_its_column_only(rows, engine, exact):
+    packed, _ = layer(rows, 288)
+    bias = torch.full((rows,), 3.0)
+    bias[rows // 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # NaN, which must not become -0
+    bias[rows - 1], bias[0] = float("inf"), 3.4e38  # to bfloat16 the second is infinity, too
+    x = inputs(40, 288, torch.bfloat16)
+    got = linear(x, packed, bias, 288, bits=4, residual_bits=0, group_size=128, seed=0, engine=engine, exact=exact)
+    assert got[:, rows // 2].isnan().all()
+    assert got[:, [0, rows - 1]].isposinf().all()
+    assert got[:, 1 : rows // 2].isfinite().all()
+    assert got[:, rows // 2 + 1 : rows - 1].isfinite().all()
+
+
+@each_path
+@pytest.mark.parametrize("m", [9, 40])
+def test_results_are_rounded_to_the_nearest_bfloat16(m, engine, exact):
+    packed, _ = layer(60, 288)
+    packed = packed._replace(scales=torch.zeros_like(packed.scales))  # so that the result is the bias, exactly
+    x = inputs(m, 288, torch.bfloat16)
+    bias = 1 + torch.arange(60) * 2.0**-9  # every quarter of a step of bfloat16, ties among them
+    got = linear(x, packed, bias, 288, bits=4, residual_bits=0, group_size=128, seed=0, engine=engine, exact=exact)
+    assert torch.equal(got, bias.bfloat16().expand(m, 60))
+
+
+@each_path
 def test_extreme_exponents_and_scales(engine, exact):
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).double()
     rows = (weight * torch.tensor([1e-30, 1e-12, 1.0, 1e25])[:, None]).float()

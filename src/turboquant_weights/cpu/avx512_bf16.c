@@ -34,27 +34,96 @@ INLINE void even_order(const float *columns, float *out)
     }
 }
 
-/* Token t of the activation: pairs of columns [pair][t % 64] of 32 bits in the block of 64 tokens that t belongs to. */
-static void prepare(const tq_layer *layer, const tq_activations *act, const void *x, int type, int64_t token, void *scratch)
+/* Lane i of vector j becomes lane j of vector i. */
+INLINE void transpose16(__m512i v[16])
 {
-    const int64_t columns = act->blocks * BLOCK;
-    float *rotated = scratch;
-    rotate_token(layer, x, type, act->blocks, rotated, act->token_scale + token);
-    uint32_t *out = (uint32_t *)act->values + token / 64 * 32 * columns + token % 64;
-    for (int64_t i = 0; i < columns; i += 64) {
-        float ordered[64];
-        uint32_t pairs[32];
-        if (layer->book->residual_bits)
-            exact_order(rotated + i, ordered);
-        else if (layer->book->bits == 4)
-            even_order(rotated + i, ordered);
-        else
-            memcpy(ordered, rotated + i, sizeof ordered);
-        for (int half = 0; half < 2; half++) {
-            const __m512 low = _mm512_loadu_ps(ordered + 32 * half), high = _mm512_loadu_ps(ordered + 32 * half + 16);
-            _mm512_storeu_si512(pairs + 16 * half, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
         }
-        for (int pair = 0; pair < 32; pair++) out[(i / 2 + pair) * 64] = pairs[pair];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* lanes i, i + 4, ... of vectors 0-3, 4-7, ... are in vectors i, i + 4, ... */
+        const __m512i even = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), odd = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        const __m512i evens = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        const __m512i odds = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_i32x4(even, evens, 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(odd, odds, 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(even, evens, 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(odd, odds, 0xdd);
+    }
+}
+
+enum { STEP_COLUMNS = 128 }; /* of the preparation: whole blocks of the rotation */
+
+/* Columns [first, first + 128) of a token, rotated, in the order of decoded rows, as pairs of bfloat16. */
+INLINE void prepare_columns(const tq_layer *layer, const char *x, int type, int64_t first, float shift, uint32_t *pairs)
+{
+    const int64_t k = layer->in_features - first, columns = layer->blocks * BLOCK - first;
+    const int64_t there = k < STEP_COLUMNS ? k : STEP_COLUMNS, width = columns < STEP_COLUMNS ? columns : STEP_COLUMNS;
+    float rotated[STEP_COLUMNS], ordered[STEP_COLUMNS];
+    memset(rotated, 0, sizeof rotated);
+    read_token(x + first * (type == FLOAT32 ? 4 : 2), type, there, rotated);
+    for (int64_t i = 0; i < width; i++) rotated[i] *= layer->signs[first + i] * shift;
+    for (int64_t i = 0; i < width; i += layer->rotation) hadamard(rotated + i, layer->rotation);
+#pragma GCC unroll 2
+    for (int i = 0; i < STEP_COLUMNS; i += 64)
+        if (layer->book->residual_bits)
+            exact_order(rotated + i, ordered + i);
+        else if (layer->book->bits == 4)
+            even_order(rotated + i, ordered + i);
+        else
+            memcpy(ordered + i, rotated + i, 256);
+#pragma GCC unroll 4
+    for (int i = 0; i < STEP_COLUMNS; i += 32) {
+        const __m512 low = _mm512_loadu_ps(ordered + i), high = _mm512_loadu_ps(ordered + i + 16);
+        _mm512_storeu_si512(pairs + i / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+/* Tokens become pairs of columns [pair][t % 64] of 32 bits in the block of 64 tokens that they belong to; token is a multiple of
+ * 16. Of lanes without a token nobody looks at the sums. */
+static void prepare(const tq_layer *layer, const tq_activations *act, const char *x, int64_t x_stride, int type, int64_t token,
+                    int64_t count, void *scratch)
+{
+    const int64_t k = layer->in_features, columns = layer->blocks * BLOCK;
+    float shift[STEP_TOKENS];
+    for (int64_t t = 0; t < count; t++) {
+        uint32_t largest = 0;
+        if (type == BFLOAT16) {
+            uint16_t bits = 0;
+            for (int64_t i = 0; i < k; i++) {
+                const uint16_t one = ((const uint16_t *)(x + t * x_stride))[i] & 0x7fff;
+                bits = one > bits ? one : bits;
+            }
+            largest = (uint32_t)bits << 16;
+        } else {
+            read_token(x + t * x_stride, type, k, scratch);
+            largest = largest_magnitude(scratch, k);
+        }
+        shift[t] = shift_of(layer, largest, act->token_scale + token + t);
+    }
+    uint32_t pairs[STEP_TOKENS][STEP_COLUMNS / 2];
+    memset(pairs, 0, sizeof pairs);
+    uint32_t *out = (uint32_t *)act->values + token / 64 * 32 * act->blocks * BLOCK + token % 64;
+    for (int64_t first = 0; first < columns; first += STEP_COLUMNS, out += STEP_COLUMNS / 2 * 64) {
+        for (int64_t t = 0; t < count; t++) prepare_columns(layer, x + t * x_stride, type, first, shift[t], pairs[t]);
+        for (int i = 0; i < STEP_COLUMNS / 2; i += 16) {
+            __m512i v[16];
+#pragma GCC unroll 16
+            for (int t = 0; t < 16; t++) v[t] = _mm512_loadu_si512(pairs[t] + i);
+            transpose16(v);
+#pragma GCC unroll 16
+            for (int pair = 0; pair < 16; pair++) _mm512_store_si512(out + (i + pair) * 64, v[pair]);
+        }
     }
 }
 
@@ -221,7 +290,59 @@ static void multiply(const tq_layer *layer, const tq_activations *act, int64_t r
     }
 }
 
-const tq_tiled tq_avx512_bf16 = {available, prepare, multiply};
+/* Of 16 tokens the results of a row, rounded to bfloat16 as to_bfloat of engine.c does, in the upper halves of the lanes. */
+INLINE __m512i results(const float *sums, __m512 scale, float factor, float bias)
+{
+    const __m512 value = _mm512_fmadd_ps(_mm512_loadu_ps(sums), _mm512_mul_ps(scale, _mm512_set1_ps(factor)), _mm512_set1_ps(bias));
+    const __m512i word = _mm512_castps_si512(value);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(word, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+
+static int finish(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t tokens, const float *sums,
+                  uint16_t *y)
+{
+    enum { STEP = 32 };          /* rows, whose results of a token are a vector */
+    const int64_t stride = (tokens + 15) / 16 * 16;
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    float factor[TILE_ROWS], bias[TILE_ROWS] = {0};
+    int safe = 1;
+    for (int64_t t = 0; t < tokens; t++) safe &= act->token_scale[t] > 0x1p-60 && act->token_scale[t] < 0x1p60;
+    for (int64_t i = 0; i < rows; i++) {
+        const int exponent = layer->exponents[row + i];
+        safe &= exponent > -60 && exponent < 60;
+        factor[i] = ldexpf(1.0f, 19 + exponent);
+        if (layer->bias) bias[i] = value_of(layer->bias, layer->bias_type, row + i);
+    }
+    if (!safe) return 0;
+    for (int64_t first = 0; first < tokens; first += 16) {
+        const double *scales = act->token_scale + first;
+        const __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(scales))),
+                                                _mm512_cvtpd_ps(_mm512_loadu_pd(scales + 8)), 1);
+        for (int64_t from = 0; from < rows; from += STEP) {
+            const int64_t left = rows - from < STEP ? rows - from : STEP;
+            __m512i v[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                const int64_t r = from + 2 * i;
+                __m512i low = _mm512_setzero_si512(), high = low;
+                if (2 * i < left) low = results(sums + r * stride + first, scale, factor[r], bias[r]);
+                if (2 * i + 1 < left) high = results(sums + (r + 1) * stride + first, scale, factor[r + 1], bias[r + 1]);
+                v[i] = select_bits(upper, high, _mm512_srli_epi32(low, 16));
+            }
+            transpose16(v);
+            const __mmask32 there = ~(__mmask32)0 >> (STEP - left);
+            uint16_t *out = y + first * layer->rows + row + from;
+#pragma GCC unroll 16
+            for (int t = 0; t < 16; t++)
+                if (first + t < tokens) _mm512_mask_storeu_epi16(out + t * layer->rows, there, v[t]);
+        }
+    }
+    return 1;
+}
+
+const tq_tiled tq_avx512_bf16 = {available, prepare, multiply, finish};
 
 #if defined(__clang__)
 #pragma clang attribute pop

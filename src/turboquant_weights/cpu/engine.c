@@ -173,7 +173,6 @@ typedef struct {
     const tq_engine *engine;
     const tq_layer *layer;
     int mode;
-    tq_prepare *prepare;
     tq_activations act;
     const char *x;
     int64_t tokens, x_stride, grain, threads;
@@ -190,10 +189,15 @@ static void prepare_share(void *data)
 {
     job *j = data;
     void *scratch = j->scratch + j->scratch_bytes * atomic_fetch_add(&j->next_scratch, 1);
-    /* 16 tokens at a time: in the tiled layout they share cache lines. */
-    for (int64_t first; (first = atomic_fetch_add(&j->next, 16)) < j->tokens;)
-        for (int64_t t = first; t < first + 16 && t < j->tokens; t++)
-            j->prepare(j->layer, &j->act, j->x + t * j->x_stride, j->type, t, scratch);
+    for (int64_t first; (first = atomic_fetch_add(&j->next, STEP_TOKENS)) < j->tokens;) {
+        const int64_t left = j->tokens - first, count = left < STEP_TOKENS ? left : STEP_TOKENS;
+        const char *x = j->x + first * j->x_stride;
+        if (j->mode == TILED)
+            j->engine->tiled->prepare(j->layer, &j->act, x, j->x_stride, j->type, first, count, scratch);
+        else
+            for (int64_t t = 0; t < count; t++)
+                j->engine->prepare(j->layer, &j->act, x + t * j->x_stride, j->type, first + t, scratch);
+    }
 }
 
 static uint16_t to_bfloat(float value)
@@ -218,13 +222,6 @@ static uint16_t to_half(float value)
     value += 0.5f;
     memcpy(&word, &value, 4);
     return (uint16_t)(sign | (word - 0x3f000000));
-}
-
-static float value_of(const void *values, int type, int64_t i)
-{
-    if (type == FLOAT32) return ((const float *)values)[i];
-    const uint16_t bits = ((const uint16_t *)values)[i];
-    return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
 }
 
 /* count values to results from `at` on. */
@@ -294,49 +291,18 @@ static void multiply_share(void *data)
         }
 }
 
-/* What finish does, for all tokens of a tile, along the tokens and in float32: 1 if every factor allows that.
- * rounded is memory for a tile. */
-static int finish_tile(const job *j, int64_t row, int64_t rows, const float *sums, uint16_t *rounded)
-{
-    const int64_t tokens = j->tokens, stride = (tokens + 15) / 16 * 16;
-    const double *scale = j->act.token_scale;
-    int safe = j->type == BFLOAT16;
-    for (int64_t t = 0; t < tokens; t++) safe &= scale[t] > 0x1p-60 && scale[t] < 0x1p60;
-    for (int64_t i = 0; i < rows; i++) safe &= abs(j->layer->exponents[row + i]) < 60;
-    if (!safe) return 0;
-    for (int64_t first = 0; first < tokens; first += TILE_COLUMNS) {
-        const int64_t left = tokens - first, count = left < TILE_COLUMNS ? left : TILE_COLUMNS;
-        for (int64_t i = 0; i < rows; i++) {
-            const float factor = ldexpf(1.0f, 19 + j->layer->exponents[row + i]);
-            const float bias = j->layer->bias ? value_of(j->layer->bias, j->layer->bias_type, row + i) : 0;
-            const float *sum = sums + i * stride + first;
-            for (int64_t t = 0; t < count; t++)
-                rounded[i * count + t] = to_bfloat(sum[t] * ((float)scale[first + t] * factor) + bias);
-        }
-        for (int64_t t = 0; t < count; t++) {
-            uint16_t *out = (uint16_t *)j->y + (first + t) * j->layer->rows + row;
-            int64_t i = 0;
-            for (; i + 4 <= rows; i += 4) { /* one word for four stores */
-                const uint16_t *from = rounded + i * count + t;
-                const uint16_t four[4] = {from[0], from[count], from[2 * count], from[3 * count]};
-                memcpy(out + i, four, 8);
-            }
-            for (; i < rows; i++) out[i] = rounded[i * count + t];
-        }
-    }
-    return 1;
-}
-
 static void tile_share(void *data)
 {
     job *j = data;
+    const tq_tiled *tiled = j->engine->tiled;
     int64_t row, at = atomic_fetch_add(&j->next_scratch, 1), tried = 0;
     char *memory = j->scratch + j->scratch_bytes * at;
     uint16_t *tile = (uint16_t *)memory;
     float *sums = (float *)(memory + TILE_ROWS * TILE_COLUMNS * 2);
     for (int64_t rows; (rows = take_rows(j, &at, &tried, &row)) > 0;) {
-        j->engine->tiled->multiply(j->layer, &j->act, row, rows, j->tokens, sums, tile);
-        if (!finish_tile(j, row, rows, sums, tile)) finish(j, row, rows, 0, j->tokens, sums, (j->tokens + 15) / 16 * 16);
+        tiled->multiply(j->layer, &j->act, row, rows, j->tokens, sums, tile);
+        if (j->type == BFLOAT16 && tiled->finish(j->layer, &j->act, row, rows, j->tokens, sums, (uint16_t *)j->y)) continue;
+        finish(j, row, rows, 0, j->tokens, sums, (j->tokens + 15) / 16 * 16);
     }
 }
 
@@ -350,7 +316,6 @@ static char *allocate(job *j, int threads)
     const int64_t values = aligned((j->act.exact ? 4 : 2) * m * columns);
     const int64_t tiles = j->mode == TILED ? TILE_ROWS * (TILE_COLUMNS * 2 + m * 4) : 0, rotated = aligned(6 * columns);
     j->scratch_bytes = aligned(tiles > rotated ? tiles : rotated);
-    j->prepare = j->mode == TILED ? j->engine->tiled->prepare : j->engine->prepare;
     const int64_t ranges = threads * (int64_t)sizeof(range);
     char *memory = aligned_alloc(64, (size_t)(factors + 2 * scales + values + threads * j->scratch_bytes + ranges));
     if (!memory) return NULL;

@@ -16,7 +16,7 @@
 
 #include <stdint.h>
 
-enum { BLOCK = 32, TOKENS = 4, TILE_ROWS = 48, TILE_COLUMNS = 1024 };
+enum { BLOCK = 32, TOKENS = 4, STEP_TOKENS = 16, TILE_ROWS = 48, TILE_COLUMNS = 1024 };
 enum { LANES = 64 };             /* of calibrated rounding: pairs of a row and a scale whose columns fit in the L1 cache */
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum { INTEGER = 0, EXACT = 1, TILED = 2 };
@@ -86,13 +86,18 @@ typedef void tq_kernel(const tq_layer *, const tq_activations *, int64_t row, in
 /* Levels times scales (times 2^-19) of rows [row, row + rows), in the order of the exact activations. */
 typedef void tq_decode(const tq_layer *, int64_t row, int64_t rows, float *out, int64_t stride);
 
-/* A product of many tokens in bfloat16: sums [TILE_ROWS][tokens rounded up to 16] of at most TILE_ROWS rows; tile holds
- * TILE_ROWS * TILE_COLUMNS numbers. The activations have a layout of their own, blocks of 64 tokens. */
+/* A product of many tokens in bfloat16. The activations have a layout of their own, blocks of 64 tokens. */
 typedef struct {
     int (*available)(void);
-    tq_prepare *prepare;
+    /* As tq_prepare, but of STEP_TOKENS tokens or the last ones, x_stride bytes apart. */
+    void (*prepare)(const tq_layer *, const tq_activations *, const char *x, int64_t x_stride, int type, int64_t token,
+                    int64_t count, void *scratch);
+    /* sums [TILE_ROWS][tokens rounded up to 16] of at most TILE_ROWS rows; tile holds TILE_ROWS * TILE_COLUMNS numbers. */
     void (*multiply)(const tq_layer *, const tq_activations *, int64_t row, int64_t rows, int64_t tokens, float *sums,
                      uint16_t *tile);
+    /* From these sums to y [tokens, rows of the layer] in bfloat16: 1 if every factor allows that in float32. */
+    int (*finish)(const tq_layer *, const tq_activations *, int64_t row, int64_t rows, int64_t tokens, const float *sums,
+                  uint16_t *y);
 } tq_tiled;
 
 /* One block of calibrated rounding; all arrays contiguous, the results by row and candidate. */

@@ -31,6 +31,13 @@ static inline float bfloat_to_float(uint16_t bits)
     return value;
 }
 
+static inline float value_of(const void *values, int type, int64_t i)
+{
+    if (type == FLOAT32) return ((const float *)values)[i];
+    const uint16_t bits = ((const uint16_t *)values)[i];
+    return type == BFLOAT16 ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
 static void read_token(const void *x, int type, int64_t count, float *out)
 {
     const uint16_t *bits = x;
@@ -126,25 +133,29 @@ static void hadamard(float *x, int block)
     else butterflies(x, 32);
 }
 
+/* The power of two that brings a token to [0.5, 1), given the bits of its largest magnitude; sets what the rotated token must be
+ * multiplied with. 0: Inf or NaN is among them, and the whole result of this token is NaN. */
+static float shift_of(const tq_layer *layer, uint32_t largest, double *token_scale)
+{
+    *token_scale = NAN;
+    if (largest >= 0x7f800000u) return 0;
+    int exponent = (int)(largest >> 23) - 126;
+    exponent = exponent > 126 ? 126 : exponent; /* 2^-127 is subnormal, which the processor may flush to zero */
+    *token_scale = ldexp(1.0, exponent) / sqrt((double)layer->rotation);
+    return ldexpf(1.0f, -exponent);
+}
+
 /* Reads token, rotates it into out [32 * padded_blocks] and sets its scale: the rotated token is out * token_scale.
- * Entries of out are at most 512 in magnitude: any x is brought to [0.5, 1) by a power of two first. */
+ * Entries of out are at most 512 in magnitude. */
 static void rotate_token(const tq_layer *layer, const void *x, int type, int64_t padded_blocks, float *out, double *token_scale)
 {
     const int64_t k = layer->in_features, columns = layer->blocks * BLOCK;
     read_token(x, type, k, out);
     memset(out + k, 0, (size_t)(padded_blocks * BLOCK - k) * 4);
-    const uint32_t largest = largest_magnitude(out, k);
-    if (largest >= 0x7f800000u) { /* Inf or NaN: the whole result of this token is NaN */
-        memset(out, 0, (size_t)k * 4);
-        *token_scale = NAN;
-        return;
-    }
-    int exponent = (int)(largest >> 23) - 126;
-    exponent = exponent > 126 ? 126 : exponent; /* 2^-127 is subnormal, which the processor may flush to zero */
-    const float shift = ldexpf(1.0f, -exponent);
+    const float shift = shift_of(layer, largest_magnitude(out, k), token_scale);
+    if (shift == 0) memset(out, 0, (size_t)k * 4);
     for (int64_t i = 0; i < columns; i++) out[i] *= layer->signs[i] * shift;
     for (int64_t i = 0; i < columns; i += layer->rotation) hadamard(out + i, layer->rotation);
-    *token_scale = ldexp(1.0, exponent) / sqrt((double)layer->rotation);
 }
 
 /* Rotated columns to integers of at most `limit`, one scale per block; sums of a block's integers and of their high parts
