@@ -35,7 +35,7 @@ from torch import Tensor
 
 from turboquant_weights import TurboQuantConfig, TurboQuantLinear, load, quantize_model
 from turboquant_weights.cpu import library
-from turboquant_weights.cpu.linear import linear
+from turboquant_weights.cpu.linear import bind
 from turboquant_weights.reference import PackedWeight
 
 SHAPES = {  # rows x columns
@@ -73,6 +73,24 @@ def dense_calls(rows: int, columns: int, m: int, dtype: torch.dtype) -> Calls:
     ]
     x = torch.randn(m, columns, dtype=dtype)
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+
+
+def our_calls(copies: list[PackedWeight], x: Tensor, residual_bits: int, engine: library.Engine) -> Calls:
+    """What TurboQuantLinear does after its first call."""
+
+    def layer(planes: PackedWeight) -> Callable[[], object]:
+        parameters = {**planes._asdict(), "bias": None}
+        bound = bind(parameters, x.shape[1], (4, residual_bits, 128, 0), engine)
+        assert bound is not None
+
+        def call() -> Tensor | None:
+            out = bound.at_once(x, parameters)
+            return bound.product(x, parameters) if out is None else out
+
+        assert call() is not None
+        return call
+
+    return [layer(planes) for planes in copies]
 
 
 def int4_calls(rows: int, columns: int, m: int) -> Calls:
@@ -119,16 +137,14 @@ def measure(rows: int, columns: int, tokens: list[int], seconds: float) -> list[
             kinds["aten int4"] = int4_calls(rows, columns, m)
         sharing = dict.fromkeys(planes, 0)  # kinds of layers that read the same planes
         for residual_bits, copies in planes.items():
-            layout = dict(bits=4, residual_bits=residual_bits, group_size=128, seed=0)
             for engine in library.engines():
                 for dtype in (torch.bfloat16, torch.float32):
                     if engine.name == "portable" or (dtype == torch.float32 and engine is not library.engines()[0]):
                         continue
                     x = torch.randn(m, columns, dtype=dtype)
                     name = f"{'4+4' if residual_bits else '4'} {engine.name}{' fp32' if dtype == torch.float32 else ''}"
-                    calls = [lambda p=p, x=x, e=engine, n=layout: linear(x, p, None, columns, **n, engine=e) for p in copies]  # type: ignore[misc]
                     sharing[residual_bits] += 1
-                    kinds[name] = apart(calls, sharing[residual_bits])
+                    kinds[name] = apart(our_calls(copies, x, residual_bits, engine), sharing[residual_bits])
         kinds["read"] = [lambda p=p: (p.codes.view(torch.int64).sum(), p.scales.view(torch.int32).sum()) for p in planes[0]]  # type: ignore[misc]
         times = interleaved_ms(kinds, seconds)
         cell = dict(rows=rows, columns=columns, tokens=m, threads=torch.get_num_threads(), ms={}, quartiles={})

@@ -19,6 +19,7 @@ from ..errors import QuantizationError
 from ..packing import packed_columns
 from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, keeps_precision, padded_features, rotation_block, signs
+from . import pages
 from .library import TYPES, Call, Engine, Layer, always_exact, chosen, library
 
 try:
@@ -82,12 +83,12 @@ class Bound:
         return type(None), ()  # the copy of a layer, in this process or another one, has addresses of its own
 
 
-def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> Bound | None:
+def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...], engine: Engine | None = None) -> Bound | None:
     """Checks the tensors of a layer. None: there is no engine, or a tensor is not for it as it is.
 
     What is left for each call is written for speed: a small layer takes ten microseconds, and Python easily as many.
     """
-    engine = chosen()
+    engine = engine or chosen()
     planes = tuple(parameters[name] for name in PackedWeight._fields)
     bias = parameters["bias"]
     if engine is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in (*planes, bias)):
@@ -95,6 +96,7 @@ def bind(parameters: Parameters, in_features: int, layout: tuple[int, ...]) -> B
     if bias is not None and bias.dtype not in TYPES:
         return None
     layer, address, _, _ = _checked(PackedWeight(*planes), bias, in_features, *layout)
+    pages.ask(*planes)
     c = library()
     assert c is not None
     structures = {}
@@ -233,6 +235,7 @@ def _describe(packed: PackedWeight, bias: Tensor | None, in_features: int, layou
         if not found.kept:
             if len(_known) >= _MOST_KNOWN:
                 _known.clear()
+            pages.ask(*packed)
             # Without the bias, whose memory the description must not keep alive.
             _known[key] = found._replace(bias=None)
         return found
