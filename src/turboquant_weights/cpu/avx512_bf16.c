@@ -34,6 +34,24 @@ INLINE void even_order(const float *columns, float *out)
     }
 }
 
+/* Of 128 columns, in the same way, as the bytes of 4 + 4 bits come out of decode_nested_row: of each half of a block's 16. */
+INLINE void nested_order(const float *columns, float *out)
+{
+    float apart[64];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++, out += 16) {
+        even_order(columns + 64 * half, apart);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            const __m512 one = _mm512_loadu_ps(apart + 32 * odd), two = _mm512_loadu_ps(apart + 32 * odd + 16);
+            _mm512_storeu_ps(out + 64 * odd, _mm512_shuffle_f32x4(one, two, 0x44));
+            _mm512_storeu_ps(out + 64 * odd + 32, _mm512_shuffle_f32x4(one, two, 0xee));
+        }
+    }
+}
+
+INLINE int is_fours_fours(const tq_codebook *book) { return book->bits == 4 && book->residual_bits == 4; }
+
 /* Lane i of vector j becomes lane j of vector i. */
 INLINE void transpose16(__m512i v[16])
 {
@@ -74,8 +92,10 @@ INLINE void prepare_columns(const tq_layer *layer, const char *x, int type, int6
     read_token(x + first * (type == FLOAT32 ? 4 : 2), type, there, rotated);
     for (int64_t i = 0; i < width; i++) rotated[i] *= layer->signs[first + i] * shift;
     for (int64_t i = 0; i < width; i += layer->rotation) hadamard(rotated + i, layer->rotation);
+    const int nested = is_fours_fours(layer->book) && width > 64;
+    if (nested) nested_order(rotated, ordered);
 #pragma GCC unroll 2
-    for (int i = 0; i < STEP_COLUMNS; i += 64)
+    for (int i = 0; i < STEP_COLUMNS && !nested; i += 64)
         if (layer->book->residual_bits)
             exact_order(rotated + i, ordered + i);
         else if (layer->book->bits == 4)
@@ -183,6 +203,46 @@ INLINE void decode_row(const tq_layer *layer, const decoding *how, int64_t row, 
     }
 }
 
+/* The same for 4 + 4 bits and steps of 128 columns, in nested_order: nibbles of even columns and then those of odd ones, and of
+ * either a block in each 128 bits. */
+INLINE void decode_nested_row(const tq_layer *layer, const decoding *how, int64_t row, int64_t block, int64_t end, uint16_t *out)
+{
+    const __m512i nibble = _mm512_set1_epi8(15), magnitude = _mm512_set1_epi8(0x7f);
+    const uint8_t *codes = row_of(layer->codes, layer->codes_stride, row);
+    const uint8_t *residual = row_of(layer->residual, layer->residual_stride, row);
+    const uint8_t *scales = row_of(layer->scales, layer->scales_stride, row);
+    for (; block < end; block += 16) {
+        const __m512 own = scales16(scales + block, layer->blocks - block);
+        const int64_t last = block + 16 < end ? block + 16 : end;
+        __m512i lanes = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
+        for (int64_t at = block; at < last; at += 4, out += 128) {
+            const int64_t left = layer->blocks - at;
+            const __mmask64 there = left >= 4 ? ~(__mmask64)0 : ((__mmask64)1 << 16 * left) - 1;
+            const __m512i base = _mm512_maskz_loadu_epi8(there, codes + 16 * at);
+            const __m512i rest = _mm512_maskz_loadu_epi8(there, residual + 16 * at);
+            const __m512i index[2] = {select_bits(nibble, rest, _mm512_slli_epi16(base, 4)),
+                                      select_bits(nibble, _mm512_srli_epi16(rest, 4), base)};
+            const __m512 first = _mm512_permutexvar_ps(lanes, own);
+            const __m512 second = _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(2)), own);
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; odd++) { /* 256 levels: those of the upper half are the others' with the sign changed */
+                const __m512i folded = _mm512_gf2p8affine_epi64_epi8(index[odd], _mm512_set1_epi64((long long)0x8182848890a0c000), 0);
+                const __m512i low = _mm512_permutex2var_epi8(how->low[0], folded, how->low[1]);
+                const __m512i high = _mm512_ternarylogic_epi32(
+                    magnitude, _mm512_permutex2var_epi8(how->high[0], folded, how->high[1]), index[odd], 0xc5); /* a ? b : ~c */
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    const __m512i halves = half ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high);
+                    const __m512 one = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), first);
+                    const __m512 two = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), second);
+                    _mm512_storeu_si512(out + 64 * odd + 32 * half, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+                }
+            }
+            lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4));
+        }
+    }
+}
+
 /* sums [STRIP][stride] += weights [STRIP][width] times x [pairs][64], for 16 V tokens. Of what comes next a cache line is
  * prefetched for every other pair. */
 INLINE void inner(const uint16_t *weights, int64_t width, const uint32_t *x, int64_t pairs, const char *next, float *sums,
@@ -234,10 +294,14 @@ INNER(4)
 INLINE void decode_tile(const tq_layer *layer, const decoding *how, int64_t row, int64_t rows, int64_t block, int64_t end,
                         uint16_t *tile)
 {
+    /* Of 4 + 4 bits up to 64 columns behind the last 128 are decoded like other planes. */
+    const int64_t over = (end - block) % 4, whole = !is_fours_fours(layer->book) ? block : over == 3 ? end : end - over;
     for (int64_t r = 0; r < rows; r++)
-        if (layer->book->residual_bits)
-            decode_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS);
-        else if (layer->book->bits == 4)
+        if (layer->book->residual_bits) {
+            uint16_t *out = tile + r * TILE_COLUMNS;
+            if (whole > block) decode_nested_row(layer, how, row + r, block, whole, out);
+            if (whole < end) decode_row(layer, how, row + r, whole, end, out + (whole - block) * BLOCK);
+        } else if (layer->book->bits == 4)
             decode_base_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS, 1);
         else
             decode_base_row(layer, how, row + r, block, end, tile + r * TILE_COLUMNS, 0);

@@ -1,4 +1,7 @@
 /* What library.py calls: codebooks, the choice of an engine, threads, and the way from sums to results. */
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -175,7 +178,7 @@ typedef struct {
     int mode;
     tq_activations act;
     const char *x;
-    int64_t tokens, x_stride, grain, threads;
+    int64_t tokens, x_stride, grain, least, threads;
     range *ranges;               /* one per thread */
     char *y;
     int type;
@@ -266,13 +269,19 @@ static void share_rows(job *j)
     }
 }
 
-/* Takes the next rows that nobody has taken, from range `*at` on; 0: there are none. */
+/* Takes the next rows that nobody has taken, from range `*at` on; 0: there are none. Of the last rows of a range a half at most,
+ * but for `least`, so that nobody waits long for another thread's. */
 static int64_t take_rows(job *j, int64_t *at, int64_t *tried, int64_t *row)
 {
     for (; *tried < j->threads; ++*tried, *at = (*at + 1) % j->threads) {
         range *from = j->ranges + *at;
-        *row = atomic_fetch_add(&from->next, j->grain);
-        if (*row < from->end) return from->end - *row < j->grain ? from->end - *row : j->grain;
+        for (long long next = atomic_load(&from->next), left; (left = from->end - next) > 0;) {
+            int64_t rows = j->grain;
+            while (rows > j->least && 2 * rows > left) rows = rows / 2 > j->least ? rows / 2 : j->least;
+            rows = rows < left ? rows : left;
+            *row = next;
+            if (atomic_compare_exchange_weak(&from->next, &next, next + rows)) return rows;
+        }
     }
     return 0;
 }
@@ -308,16 +317,32 @@ static void tile_share(void *data)
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Memory aligned to a cache line, or NULL. More than what glibc keeps for the next call comes fresh from the system each time,
+ * which takes a fault for each page: then on huge pages, if the system has some. */
+static char *block_of(int64_t bytes)
+{
+#if defined(MADV_HUGEPAGE)
+    enum { HUGE_PAGE = 1 << 21, KEPT = 1 << 25 };
+    if (bytes > KEPT) {
+        const size_t whole = ((size_t)bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        char *memory = aligned_alloc(HUGE_PAGE, whole);
+        if (memory) madvise(memory, whole, MADV_HUGEPAGE);
+        return memory;
+    }
+#endif
+    return aligned_alloc(64, (size_t)bytes);
+}
+
 /* Places the activations of a job in one block of memory, which the caller frees. NULL: no memory. */
 static char *allocate(job *j, int threads)
 {
     const int64_t m = j->mode == TILED ? (j->tokens + 63) / 64 * 64 : j->tokens, blocks = (j->layer->blocks + 15) / 16 * 16, columns = blocks * BLOCK;
-    const int64_t scales = aligned(4 * m * blocks), factors = aligned(8 * m);
+    const int64_t scales = j->mode == TILED ? 0 : aligned(4 * m * blocks), factors = aligned(8 * m);
     const int64_t values = aligned((j->act.exact ? 4 : 2) * m * columns);
     const int64_t tiles = j->mode == TILED ? TILE_ROWS * (TILE_COLUMNS * 2 + m * 4) : 0, rotated = aligned(6 * columns);
     j->scratch_bytes = aligned(tiles > rotated ? tiles : rotated);
     const int64_t ranges = threads * (int64_t)sizeof(range);
-    char *memory = aligned_alloc(64, (size_t)(factors + 2 * scales + values + threads * j->scratch_bytes + ranges));
+    char *memory = block_of(factors + 2 * scales + values + threads * j->scratch_bytes + ranges);
     if (!memory) return NULL;
     j->act.blocks = blocks;
     j->act.token_scale = (double *)memory;
@@ -355,6 +380,7 @@ API int tq_linear(const tq_call *call, const void *x, void *y, int64_t m, int th
     int64_t grain = layer->rows / (8 * threads), fits = SHARE_BYTES / row_bytes;
     grain = grain > fits ? fits : grain;
     j.grain = j.mode == TILED ? TILE_ROWS : grain > ROWS ? ROWS : grain < 4 ? 4 : grain / 4 * 4;
+    j.least = j.mode == TILED && threads > 1 ? TILE_ROWS / 4 : j.grain;
     j.threads = threads;
     share_rows(&j);
     atomic_init(&j.next_scratch, 0);
