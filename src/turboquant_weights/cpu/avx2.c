@@ -97,8 +97,8 @@ INLINE void unpack32(const uint8_t *bytes, const unpacking *how, __m256i out[2])
 
 /* A chunk is 2 blocks, 64 columns, in four vectors of words. */
 enum { CHUNK = 2 };
-/* Planes: 4 bits, another base, 4 + 1, 4 + 2, 4 + 4 bits, any two. */
-enum { FOURS, BASE, FOURS_ONES, FOURS_TWOS, FOURS_FOURS, NESTED };
+/* Planes: 4 bits, another base, 4 + 1, 4 + 2, 4 + 3, 4 + 4 bits, any two. */
+enum { FOURS, BASE, FOURS_ONES, FOURS_TWOS, FOURS_THREES, FOURS_FOURS, NESTED };
 
 /* What the decoding of chunks keeps in registers. */
 typedef struct {
@@ -106,6 +106,7 @@ typedef struct {
     __m256i table;                                  /* levels of the base plane */
     __m256i middle_low, middle_high, step, curve;   /* by base field, see tq_codebook */
     __m256i way[2], bend[2];                        /* by nibble of the residual plane: of its even and its odd columns */
+    __m256i pairs_fetch[2], pairs_push[2];          /* of 4 + 3 bits: two fields of the residual plane each, in a word */
     __m256i word_low[2], word_high[2];              /* of 4 + 1 bits by base field, for either bit: bytes of the levels */
     __m256i coefficient[5], offset;
     __m128i to_index, to_x;
@@ -127,6 +128,18 @@ INLINE decoding decoding_of(const tq_codebook *book)
     for (int odd = 0; odd < 2; odd++) {
         how.way[odd] = table_of(book->way[odd]);
         how.bend[odd] = table_of(book->bend[odd]);
+    }
+    for (int half = 0; half < 2; half++) {
+        uint8_t fetch[16];
+        int16_t push[8];
+        for (int i = 0; i < 8; i++) {
+            const int bit = 6 * (8 * half + i);
+            fetch[2 * i] = (uint8_t)(bit / 8);
+            fetch[2 * i + 1] = (uint8_t)(bit / 8 + 1);
+            push[i] = (int16_t)(1 << (10 - bit % 8));
+        }
+        how.pairs_fetch[half] = table_of(fetch);
+        how.pairs_push[half] = table_of(push);
     }
     uint8_t low[2][16], high[2][16];
     for (int i = 0; i < 32; i++) {
@@ -173,6 +186,20 @@ INLINE __m256i polynomial_levels(__m256i index, const decoding *how)
 INLINE __m256i load32(const uint8_t *bytes, int there)
 {
     return there ? _mm256_loadu_si256((const __m256i *)bytes) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+}
+
+/* 16 pairs of fields of 3 bits in bytes, for each block: the first field below the second. */
+INLINE __m256i pairs_of_threes(const uint8_t *bytes, const decoding *how, const int full)
+{
+    uint64_t low[2] = {0}, high[2] = {0};
+    for (int i = 0; i <= full; i++) memcpy(low + i, bytes + 12 * i, 8), memcpy(high + i, bytes + 12 * i + 8, 4);
+    const __m256i raw = _mm256_set_epi64x((long long)high[1], (long long)low[1], (long long)high[0], (long long)low[0]);
+    __m256i word[2];
+    for (int half = 0; half < 2; half++) {
+        const __m256i fetched = _mm256_shuffle_epi8(raw, how->pairs_fetch[half]);
+        word[half] = _mm256_srli_epi16(_mm256_mullo_epi16(fetched, how->pairs_push[half]), 10);
+    }
+    return _mm256_packus_epi16(word[0], word[1]);
 }
 
 /* Levels of one chunk of one row, of which only one block may be there, as words in the order that `prepare` gives the
@@ -227,13 +254,17 @@ INLINE void decode_chunk(const uint8_t *codes, const uint8_t *residual, const de
         const __m256i fields = load32(residual, full);
         rest[0] = _mm256_and_si256(fields, nibble);
         rest[1] = _mm256_and_si256(_mm256_srli_epi16(fields, 4), nibble);
+    } else if (kind == FOURS_THREES) { /* tables by nibble take no notice of its uppermost bit */
+        const __m256i pairs = pairs_of_threes(residual, how, full);
+        rest[0] = _mm256_and_si256(pairs, nibble);
+        rest[1] = _mm256_and_si256(_mm256_srli_epi16(pairs, 3), nibble);
     } else { /* nibbles of two fields, for the tables to choose from */
         const __m128i fields = full ? _mm_loadu_si128((const __m128i *)residual) : _mm_loadl_epi64((const __m128i *)residual);
         const __m256i wide = _mm256_cvtepu8_epi16(fields);
         rest[0] = rest[1] = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), nibble);
     }
     for (int odd = 0; odd < 2; odd++) {
-        const int second = kind == FOURS_TWOS ? odd : 0; /* 4 + 4 bits have one field in a nibble, and one table */
+        const int second = kind == FOURS_TWOS ? odd : 0; /* others have one field in a nibble, and one table */
         const __m256i step = _mm256_shuffle_epi8(how->step, base[odd]), curve = _mm256_shuffle_epi8(how->curve, base[odd]);
         const __m256i way = _mm256_shuffle_epi8(how->way[second], rest[odd]);
         const __m256i bend = _mm256_shuffle_epi8(how->bend[second], rest[odd]);
@@ -386,6 +417,7 @@ static void decode(const tq_layer *layer, int64_t row, int64_t rows, float *out,
 #define CALL_BASE(T) integer_row(layer, act, row, token + t, out + t, &how, BASE, T)
 #define CALL_FOURS_ONES(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_ONES, T)
 #define CALL_FOURS_TWOS(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_TWOS, T)
+#define CALL_FOURS_THREES(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_THREES, T)
 #define CALL_FOURS_FOURS(T) integer_row(layer, act, row, token + t, out + t, &how, FOURS_FOURS, T)
 #define CALL_NESTED(T) integer_row(layer, act, row, token + t, out + t, &how, NESTED, T)
 #define CALL_EXACT(T) exact32(layer, act, row, token + t, out + t, &how, T)
@@ -394,6 +426,7 @@ KERNEL(kernel_fours, CALL_FOURS)
 KERNEL(kernel_base, CALL_BASE)
 KERNEL(kernel_fours_ones, CALL_FOURS_ONES)
 KERNEL(kernel_fours_twos, CALL_FOURS_TWOS)
+KERNEL(kernel_fours_threes, CALL_FOURS_THREES)
 KERNEL(kernel_fours_fours, CALL_FOURS_FOURS)
 KERNEL(kernel_nested, CALL_NESTED)
 KERNEL(kernel_exact, CALL_EXACT)
@@ -402,15 +435,14 @@ static int kind_of(const tq_codebook *book, const tq_activations *act)
 {
     if (book->residual_bits == 0) return book->bits == 4 ? FOURS : BASE;
     if (book->bits == 4 && book->residual_bits == 1) return FOURS_ONES;
-    if (book->bits < 4 || !act->coarse) return NESTED;
-    return book->residual_bits == 4 ? FOURS_FOURS : book->residual_bits == 2 ? FOURS_TWOS : NESTED;
+    return book->bits < 4 || !act->coarse ? NESTED : FOURS_ONES - 1 + book->residual_bits;
 }
 
 static void integer(const tq_layer *layer, const tq_activations *act, int64_t row, int64_t rows, int64_t token, int64_t count,
                     float *out)
 {
-    static tq_kernel *const kernels[] = {kernel_fours,      kernel_base,        kernel_fours_ones,
-                                         kernel_fours_twos, kernel_fours_fours, kernel_nested};
+    static tq_kernel *const kernels[] = {kernel_fours,        kernel_base,        kernel_fours_ones, kernel_fours_twos,
+                                         kernel_fours_threes, kernel_fours_fours, kernel_nested};
     kernels[kind_of(layer->book, act)](layer, act, row, rows, token, count, out);
 }
 

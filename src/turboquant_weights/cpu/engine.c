@@ -146,7 +146,7 @@ API void tq_codebook_init(tq_codebook *book, const float *levels, const float *c
     }
     if (count == 256) lines(book);
     if (residual_bits) fixed_point(coefficients, count, book);
-    if (bits == 4 && (residual_bits == 2 || residual_bits == 4)) parabolas(book);
+    if (bits == 4 && residual_bits >= 2) parabolas(book);
 }
 
 /* -- threads ----------------------------------------------------------------------------------------------------------- */
