@@ -68,6 +68,13 @@ def test_nothing_is_asked_for_small_planes(asked):
     assert not asked
 
 
+def test_nothing_is_asked_for_in_a_forked_process(asked, monkeypatch):
+    """Its pages are its parent's until one of them writes, and collapsing writes."""
+    monkeypatch.setattr(pages, "_PROCESS", pages._PROCESS + 1)
+    module()(torch.randn(1, COLUMNS, dtype=torch.bfloat16))
+    assert not asked
+
+
 def test_only_whole_pages_inside_a_plane_are_asked_for(asked):
     memory = torch.empty(8 * PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % PAGE

@@ -2,15 +2,16 @@
 
 With pages of 4 KB a core that reads a large plane spends a part of its time on finding out where the next page lies. Linux
 collapses memory that is in use into pages of 2 MB, at the same addresses, when it is asked to (6.1 and later). Only whole
-huge pages inside of a plane are asked for, so that no memory is added; and none where the system's administrator has ruled
-huge pages out. What the kernel refuses stays as it is: planes in a file that is mapped, for which it chooses pages itself,
-and planes anywhere but on Linux.
+huge pages inside of a plane are asked for, so that no memory is added; none where the system's administrator has ruled huge
+pages out; and none in a forked process, where collapsing would copy what it shares with its parent. What the kernel refuses
+stays as it is: planes in a file that is mapped, for which it chooses pages itself, and planes anywhere but on Linux.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _COLLAPSE = 25  # MADV_COLLAPSE
 _LEAST = 2  # huge pages of a plane that are worth a call
+_PROCESS = os.getpid()
 
 
 @functools.cache
@@ -38,7 +40,7 @@ def _kernel() -> tuple[int, Callable[[int, int, int], int]] | None:
 def ask(*planes: Tensor | None) -> None:
     """Asks for huge pages for planes on a CPU without gaps that are large enough for some. Cheap where they have them."""
     kernel = _kernel()
-    if kernel is None:
+    if kernel is None or os.getpid() != _PROCESS:
         return
     size, advise = kernel
     for plane in planes:
