@@ -4,6 +4,7 @@ import ctypes
 import errno
 import mmap
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def asked(monkeypatch):
         return -1
 
     monkeypatch.setattr(pages, "_kernel", lambda: (PAGE, refuse))
+    monkeypatch.setattr(pages, "_forks", [])  # another test may have forked
     return found
 
 
@@ -68,11 +70,24 @@ def test_nothing_is_asked_for_small_planes(asked):
     assert not asked
 
 
-def test_nothing_is_asked_for_in_a_forked_process(asked, monkeypatch):
-    """Its pages are its parent's until one of them writes, and collapsing writes."""
-    monkeypatch.setattr(pages, "_PROCESS", pages._PROCESS + 1)
-    module()(torch.randn(1, COLUMNS, dtype=torch.bfloat16))
-    assert not asked
+def test_nothing_is_asked_for_after_a_fork():
+    """Pages are the parent's and the child's until one of them writes, and collapsing writes."""
+    program = """if True:
+        import os, torch
+        from turboquant_weights.cpu import pages
+        found = []
+        pages._kernel = lambda: (2 << 20, lambda *arguments: found.append(arguments))
+        plane = torch.empty(8 << 20, dtype=torch.uint8)
+        pages.ask(plane)
+        assert len(found) == 1
+        child = os.fork()
+        pages.ask(plane)
+        if not child:
+            os._exit(len(found) - 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(found) == 1
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_only_whole_pages_inside_a_plane_are_asked_for(asked):
@@ -169,6 +184,7 @@ def test_planes_are_on_huge_pages_after_the_first_call(monkeypatch):
     kernel = pages._kernel()
     if kernel[0] != PAGE:
         pytest.skip("huge pages of another size")
+    monkeypatch.setattr(pages, "_forks", [])
     layer = module(rows=12000)  # 24 MB
     x = torch.randn(1, COLUMNS, dtype=torch.bfloat16)
     with monkeypatch.context() as without:

@@ -343,13 +343,12 @@ def test_integers_on_a_gpu(dtype, bits, chosen):
     + [(256, 2, 4, 4, torch.bfloat16), (64, 2, 4, 3, torch.bfloat16), (128, 2, 4, 3, torch.bfloat16)]
     + [(32, 3, 3, 0, torch.bfloat16), (64, 2, 3, 0, torch.bfloat16), (128, 3, 3, 0, torch.float16)]
     + [(256, 2, 3, 0, torch.bfloat16), (64, 2, 2, 0, torch.bfloat16), (128, 2, 2, 0, torch.bfloat16)]
-    + [(64, 2, 2, 1, torch.bfloat16), (128, 3, 3, 3, torch.bfloat16)],
+    + [(64, 2, 2, 1, torch.bfloat16), (128, 3, 3, 3, torch.bfloat16), (16, 2, 2, 1, torch.bfloat16)],
 )
 @pytest.mark.parametrize("looks_up", [False, True])
 def test_stream_k(block_m, groups, bits, residual_bits, dtype, looks_up, monkeypatch):
     """Few tokens; tiles of several programs; programs of several tiles that fill their buffers more than once; tails."""
-    looks_up = looks_up and block_m <= 128  # more leave no room for a table
-    monkeypatch.setattr(StreamK, "looks_up", lambda *_: looks_up)
+    monkeypatch.setattr(StreamK, "wants_table", lambda *_: looks_up and block_m <= 128)  # more leave no room
     kernels._plan.cache_clear()
     chosen = StreamK(block_m, groups, streamk_stages(block_m, groups, 1 << 30, bits, residual_bits))
     for n, k, m in ((67, 512, 5), (130, 4096, 37), (322, 1280, 4100)):
@@ -762,6 +761,8 @@ def test_heuristic_for_warp_groups_covers_everything():
                     assert chosen.serves(columns)
                     assert 2 <= chosen.stages <= 6
                     assert chosen.block_m >= min(tokens, 64 if tokens <= 256 else 128)
+                    if chosen.looks_up(4096 * columns, bits, residual_bits):
+                        assert 48 << 10 < chosen.bytes(bits, residual_bits) <= (227 << 10) - decode.TABLE_BYTES
                 else:
                     assert tokens <= 256
 

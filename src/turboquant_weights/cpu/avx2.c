@@ -2,9 +2,9 @@
  *
  * Integers are 16 bits wide here: `vpmaddwd` takes 16 weights at a time and needs no second byte of the activation. Base
  * levels come from `vpshufb`, those of 4 + 1 bits as two bytes each. There is no table for 256 levels, so others are
- * computed. For bfloat16, 4 + 4 and 4 + 2 bits: a parabola for each base field, whose bytes are looked up (tq_codebook).
- * Otherwise, as on a GPU: the polynomial of
- * FORMAT.md section 6 in 16-bit fixed point, 1e-4 of a standard deviation off at most. The exact path reads a table.
+ * computed. For bfloat16, 4 + 2 to 4 + 4 bits: a parabola for each base field, whose bytes are looked up (tq_codebook).
+ * Otherwise, as on a GPU: the polynomial of FORMAT.md section 6 in 16-bit fixed point, 1e-4 of a standard deviation off at
+ * most. The exact path reads a table.
  */
 #if defined(__x86_64__)
 

@@ -3,8 +3,8 @@
 With pages of 4 KB a core that reads a large plane spends a part of its time on finding out where the next page lies. Linux
 collapses memory that is in use into pages of 2 MB, at the same addresses, when it is asked to (6.1 and later). Only whole
 huge pages inside of a plane are asked for, so that no memory is added; none where the system's administrator has ruled huge
-pages out; and none in a forked process, where collapsing would copy what it shares with its parent. What the kernel refuses
-stays as it is: planes in a file that is mapped, for which it chooses pages itself, and planes anywhere but on Linux.
+pages out; and none after a fork, in the parent or the child, where collapsing would copy what they share. What the kernel
+refuses stays as it is: planes in a file that is mapped, for which it chooses pages itself, and planes anywhere but on Linux.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import Tensor
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _COLLAPSE = 25  # MADV_COLLAPSE
 _LEAST = 2  # huge pages of a plane that are worth a call
-_PROCESS = os.getpid()
+_forks: list[str] = []  # not empty once this process forks, and in its children
+
+
+def _note_fork() -> None:
+    _forks[:] = ["forked"]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_note_fork)
 
 
 @functools.cache
@@ -40,7 +48,7 @@ def _kernel() -> tuple[int, Callable[[int, int, int], int]] | None:
 def ask(*planes: Tensor | None) -> None:
     """Asks for huge pages for planes on a CPU without gaps that are large enough for some. Cheap where they have them."""
     kernel = _kernel()
-    if kernel is None or os.getpid() != _PROCESS:
+    if kernel is None or _forks:
         return
     size, advise = kernel
     for plane in planes:

@@ -14,6 +14,10 @@ scale: 2.75 instructions per weight at 4 bits.
 **b + r bits.** The index of 3 to 8 bits becomes a half by planting it into the mantissa of 1024; the codebook's odd
 polynomial follows in packed FMAs, the arithmetic that defines the levels (codebook.py).
 
+**Table in shared memory** (``streamk.py``). A byte is the number of a word in a table: of two codes, for the levels of two
+neighbouring columns, which is a third order, ``paired_column``; or of an index of b + r bits. It decodes every other word,
+arithmetic the rest.
+
 **Other widths than 4.** Eight fields of ``w`` bits become nibbles in three steps that each move the upper half of every
 part up: 0.8 instructions per weight at 3 bits. No vector has three words, so a thread loads those one by one.
 

@@ -214,8 +214,8 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` with ``x`` [..., in_features] float16, bfloat16 or float32, any strides; same dtype out.
 
-    Constants (signs, Hadamard tiles, levels) are made on the first call per device: run a layer once before capturing it
-    into a CUDA graph.
+    Constants (signs, Hadamard tiles, levels) are made on the first call per device, format and kernel: before capturing a
+    layer into a CUDA graph, run it once with as many tokens.
     """
     _check_devices(x, packed, bias, "bias")
     packed, bias = _with_unit_steps(packed, bias)

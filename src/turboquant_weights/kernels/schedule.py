@@ -62,14 +62,18 @@ class StreamK(NamedTuple):
         step = tiles * (64 * self.groups * 16 * plane + 256 * self.block_m + 4 * 128 * (self.groups - 1))
         return self.stages * step
 
-    def looks_up(self, weights: int, bits: int, residual_bits: int) -> bool:
+    def wants_table(self, weights: int, residual_bits: int) -> bool:
         """Whether a table of levels in shared memory, which takes room and 0.2 us of a program, makes decoding faster
         (measured on an H100 at 4 to 4+4 bits): products of 128 tokens and more hide arithmetic, unless it is much."""
         if residual_bits:
-            helps = self.block_m <= 64 or (self.block_m == 128 and residual_bits in (2, 4))
-        else:
-            helps = self.block_m <= 64 and weights >= _STREAMK_WEIGHTS[32]
-        return helps and self.bytes(bits, residual_bits) + TABLE_BYTES <= _SHARED_BYTES
+            return self.block_m <= 64 or (self.block_m == 128 and residual_bits in (2, 4))
+        return self.block_m <= 64 and weights >= _STREAMK_WEIGHTS[32]
+
+    def looks_up(self, weights: int, bits: int, residual_bits: int) -> bool:
+        """Whether it gets the table. Triton asks the driver for more than its default of 48 KB if the ring alone needs more,
+        and knows nothing of the table."""
+        room = _DEFAULT_BYTES < self.bytes(bits, residual_bits) <= _SHARED_BYTES - TABLE_BYTES
+        return room and self.wants_table(weights, residual_bits)
 
     def serves(self, columns: int) -> bool:
         """The copy engine must not be sent to columns that all lie beyond the end."""
@@ -133,7 +137,7 @@ _WHOLE_TILES = 1.05  # how much longer `streamk.py` may take to avoid partial su
 _STREAMK_WEIGHTS = {32: 1 << 25, 256: 3 << 22}
 _STREAMK_MOST = ((1024, 512), (2048, 1024))
 _HALF_TILES = {(128, False): 5 << 22, (256, False): 1 << 25, (256, True): 5 << 22}
-_SHARED_BYTES, _ROTATION_BYTES = 226 << 10, 90 << 10
+_SHARED_BYTES, _ROTATION_BYTES, _DEFAULT_BYTES = 226 << 10, 90 << 10, 48 << 10
 _LEAST_COLUMNS = 512  # of a share
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROTATION_PROGRAMS = 264  # two per multiprocessor
@@ -237,7 +241,7 @@ def choose(
             return rotating(rows, columns, residual_bits)
         streamk = _streamk(tokens, rows * columns, bits, residual_bits)
         streams = warp_groups and streamk.serves(columns) and _is_enough(tokens, rows * columns)
-        # It hides what a residual costs, where `slices.py` decodes as much for one token as for eight.
+        # It hides what decoding a residual costs, which is the same for one token and for eight.
         if streams and (residual_bits == 4 or (residual_bits and columns > _ROTATING_COLUMNS)):
             return streamk
         # Every 16 rows read all activations: without a residual to hide it, only from L1.
@@ -344,7 +348,7 @@ def streamk_stages(block_m: int, groups: int, weights: int, bits: int, residual_
     """Two or three, if they fit into shared memory, up to 64 tokens beside what the rotation wants of it: with more on their
     way at once a layer takes longer. 2 bits are so few bytes that as many as fit."""
     one = StreamK(block_m, groups, 1)
-    room, beside = _SHARED_BYTES - TABLE_BYTES * one.looks_up(weights, bits, residual_bits), 0
+    room, beside = _SHARED_BYTES - TABLE_BYTES * one.wants_table(weights, residual_bits), 0
     most = 3
     if block_m <= 64:
         few = residual_bits and (residual_bits < 4 or weights < _STREAMK_WEIGHTS[32])

@@ -1,4 +1,5 @@
-"""The fused matmul for more than a few tokens on sm_90: one program per multiprocessor, warps with roles.
+"""The fused matmul of large layers on sm_90, mostly for more than a few tokens: one program per multiprocessor, warps with
+roles.
 
 One warp has the copy engine bring activations and planes into a ring of buffers in shared memory, another one copies the
 scales; two or three warp groups decode 64 rows each into registers, the left operand of the tensor cores, and share the
