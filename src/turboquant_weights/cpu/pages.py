@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,15 +21,9 @@ from torch import Tensor
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _COLLAPSE = 25  # MADV_COLLAPSE
 _LEAST = 2  # huge pages of a plane that are worth a call
-_forks: list[str] = []  # not empty once this process forks, and in its children
-
-
-def _note_fork() -> None:
-    _forks[:] = ["forked"]
-
-
+_forked = threading.Event()  # in a child, too
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_note_fork)
+    os.register_at_fork(before=_forked.set)
 
 
 @functools.cache
@@ -48,7 +43,7 @@ def _kernel() -> tuple[int, Callable[[int, int, int], int]] | None:
 def ask(*planes: Tensor | None) -> None:
     """Asks for huge pages for planes on a CPU without gaps that are large enough for some. Cheap where they have them."""
     kernel = _kernel()
-    if kernel is None or _forks:
+    if kernel is None or _forked.is_set():
         return
     size, advise = kernel
     for plane in planes:
