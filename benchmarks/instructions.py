@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, integer, rotating, slices, splitk
+from turboquant_weights.kernels import decode, few, integer, rotating, slices, splitk
 
 WIDTHS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4))
 POINTERS = dict(
@@ -28,6 +28,7 @@ POINTERS = dict(
 # Kernel, its tile, and the weights that a thread decodes in a turn of its loop.
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "1 token, integers": (integer.integer_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, REDUCE=True), 2 * 16 * 128 // 32),
+    "2 to 4, integers": (few.few_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, WORDS=True, REDUCE=True), 2 * 16 * 128 // 32),
     "1 token": (rotating.rotating_kernel, dict(ROWS=16, WARPS=4), 2 * 16 * 128 // 32),
     "2 to 8": (slices.slices_kernel, dict(ROWS=16, WARPS=4, REDUCE=True), 2 * 16 * 128 // 32),
     "9 to 16": (splitk.splitk_kernel, dict(BLOCK_M=16, BLOCK_N=64, STAGES=1, REDUCE=True), 64 * 128 // 128),
@@ -88,7 +89,7 @@ def main() -> None:
         planes = dict(BITS=bits, RESIDUAL_BITS=residual_bits, ASSEMBLY=decode.assembly(bits, residual_bits))
         cells = [f"{bits}+{residual_bits}" if residual_bits else f"{bits}"]
         for name, (kernel, tile, weights) in KERNELS.items():
-            if kernel is integer.integer_kernel and residual_bits:
+            if "integers" in name and residual_bits:
                 cells.append("")
                 continue
             pointers = POINTERS | dict(x="*bf16") if name == "1 token" else POINTERS

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, dequantize, feedback, integer, prefill, rotate, rotating, slices, splitk
+from turboquant_weights.kernels import decode, dequantize, feedback, few, integer, prefill, rotate, rotating, slices, splitk
 from turboquant_weights.kernels.schedule import _ROTATION_BYTES, StreamK, bytes_tile, streamk_stages
 
 POINTERS = dict(
@@ -99,6 +99,23 @@ def check_prefill(capability: int, pdl: bool) -> None:
     assert kernel.metadata.shared <= (227 if capability == 90 else 99) << 10
 
 
+def check_few(capability: int, pdl: bool) -> None:
+    cases = (4, 16, 0, True), (4, 32, 1, True), (3, 16, 2, False), (3, 16, 1, True), (2, 32, 1, True)
+    for bits, rows, tail, words in cases:
+        options = dict(BITS=bits, ROWS=rows, WARPS=2, AHEAD=2, TAIL=tail, WORDS=words)
+        kernel = build(few.few_kernel, capability, 2, **options, REDUCE=True, HAS_BIAS=True, PDL=pdl)
+        assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
+        assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+        assert kernel.metadata.shared <= 4096
+        # As above: no byte is taken out of its word. Scales that are not words are put together from bytes.
+        lookups = {2: 48, 3: 32, 4: 64}[bits] * rows // 16
+        assert kernel.asm["ptx"].count("prmt.b32") == lookups or not words
+        # A load brings all words of a thread and row, of 3 bits one of them, for two tiles and the two after them.
+        assert kernel.asm["ptx"].count("L1::evict_first") == 4 * rows // 8 * (3 if bits == 3 else 1)
+    pointers = POINTERS | dict(x="*bf16", out="*fp16")
+    build(few.rotate_few_kernel, capability, 4, pointers, TILES=few.FEW_TILES, PDL=pdl)
+
+
 def main(capability: int) -> None:
     if capability == 90:
         check_streamk()
@@ -140,6 +157,7 @@ def main(capability: int) -> None:
         # Two tiles of eight words, four lookups each, and few for the rest: no byte is taken out of its word. Two bits are
         # widened by one more.
         assert kernel.asm["ptx"].count("prmt.b32") == (80 if bits == 2 else 64)
+    check_few(capability, pdl)
     activations = POINTERS | dict(x="*bf16")
     build(integer.rotate_bytes_kernel, capability, 4, activations | dict(out="*fp16"), TILES=16, PDL=pdl)
     build(rotate.rotate_scaled_kernel, capability, 8, activations | dict(out="*fp16"), TILES=16, CHUNK=4096, PDL=pdl)

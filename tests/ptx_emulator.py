@@ -65,6 +65,7 @@ OPERATIONS = {
     "lop3": _lop3,
     "shf.r.wrap": lambda low, high, shift: ((low | high.astype(np.uint64) << 32) >> (shift & 31)).astype(np.uint32),
     "shfl.sync.up": lambda a, by, clamp, mask: np.where(np.arange(len(a)) % 32 < by, a, np.roll(a, int(by[0]))),
+    "shfl.sync.bfly": lambda a, mask, clamp, members: a[np.arange(len(a)) ^ mask],
     "setp.eq": lambda a, b: a == b,
     "selp": lambda a, b, predicate: np.where(predicate, a, b),
     "prmt": _prmt,
@@ -76,6 +77,8 @@ OPERATIONS = {
     "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
     "cvt.rn.bf16x2.f32": lambda high, low: _bfloat_word(np.stack([_float(low), _float(high)], -1)),
 }
+
+NUMPY_TYPES = {tl.float16: np.float16, tl.float32: np.float32, tl.uint8: np.uint8, tl.int8: np.int8, tl.int32: np.int32}
 
 
 def run(assembly: str, results: int, operands: list[np.ndarray], shared: np.ndarray | None = None) -> list[np.ndarray]:
@@ -126,7 +129,7 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, **_):
     outs = []
     for i, element in enumerate(types):
         mine = np.stack(registers[i * results // len(types) : (i + 1) * results // len(types)], -1)
-        numpy_type = {tl.float16: np.float16, tl.uint8: np.uint8, tl.int8: np.int8, tl.int32: np.int32}[element]
+        numpy_type = NUMPY_TYPES[element]
         data = np.ascontiguousarray(mine).view(numpy_type).reshape(shape if shape else (1,))
         kind = tl.block_type(element, list(shape)) if shape else element
         outs.append(tl.tensor(interpreter.TensorHandle(data, element), kind))

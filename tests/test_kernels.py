@@ -27,7 +27,7 @@ import triton.runtime.interpreter as interpreter
 from ptx_emulator import inline_asm_elementwise, run
 
 from turboquant_weights.errors import QuantizationError, ScheduleError
-from turboquant_weights.kernels import decode, integer, schedule
+from turboquant_weights.kernels import decode, few, integer, schedule
 from turboquant_weights.kernels import linear as kernels
 from turboquant_weights.kernels.schedule import (
     Integer,
@@ -268,7 +268,7 @@ def test_integer_assembly_decodes_the_codebook_exactly(bits):
 
 def test_assembly_results_share_no_register_with_operands():
     """Results are written before the last operand is read. The emulator cannot see that two of them share a register."""
-    matmuls = decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS, integer._CONSTRAINTS
+    matmuls = decode._BASE_CONSTRAINTS, decode._NESTED_CONSTRAINTS, integer._CONSTRAINTS, few._SMALL_CONSTRAINTS
     lookups = decode._LOOKUP_BASE_CONSTRAINTS, decode._LOOKUP_NESTED_CONSTRAINTS
     for constraints in (*matmuls, *lookups, decode._BFLOAT_BASE_CONSTRAINTS, decode._BFLOAT_NESTED_CONSTRAINTS):
         assert all(c.startswith("=&") for c in constraints.value.split(",") if "=" in c)
@@ -319,6 +319,116 @@ INTEGERS = [Integer(16, 2, 1, 2), Integer(16, 4, 1, 2), Integer(32, 2, 2, 2), In
 def test_integers(n, k, group_size, bits, chosen, assembly_on_cpu):
     """Whole turns, a missing turn, missing parts of a tile and of a scale."""
     check(*inputs(1, n, k), n, k, bits, 0, group_size, seed=5, function=scheduled(chosen))
+
+
+@needs_interpreter
+def test_lanes_transpose_words():
+    words = np.random.default_rng(0).integers(0, 2**32, (64, 4), dtype=np.uint32)
+    got = np.stack(run(few.transposing(), 4, [words[:, i].copy() for i in range(4)]), 1)
+    assert np.array_equal(got.reshape(16, 4, 4), words.reshape(16, 4, 4).swapaxes(1, 2))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bits", [2, 3])
+def test_small_codes_become_levels(bits):
+    words = [np.random.default_rng(i).integers(0, 2**32, 4099, dtype=np.uint32) for i in range(4)]
+    words = [word & np.uint32(0x11111111 * (2**bits - 1)) for word in words]
+    entries = [np.full_like(words[0], entry & 0xFFFFFFFF) for entry in few.small_table(bits) for _ in range(4)]
+    registers = [r.view(np.int8).reshape(-1, 4) for r in run(few.small_assembly(), 8, words + entries)]
+    table = np.array([float(level) for level in levels(bits, 0)])
+    for p, i in itertools.product(range(4), range(8)):
+        code = (words[p] >> np.uint32(4 * i)) & 15
+        assert np.array_equal(registers[2 * p + i // 4][:, i % 4] + 0.5, table[code])
+
+
+@needs_interpreter
+def test_scales_of_a_word():
+    got = run(few._SCALES.value, 4, [np.arange(256, dtype=np.uint32) * np.uint32(0x01010101) + np.uint32(0x03020100)])
+    for j, scale in enumerate(got):
+        byte = ((np.arange(256, dtype=np.uint32) * np.uint32(0x01010101) + np.uint32(0x03020100)) >> np.uint32(8 * j)) & 255
+        assert np.array_equal(scale.view(np.float32), (byte << 5).astype(np.uint16).view(np.float16).astype(np.float32))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("chosen", INTEGERS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "m"),
+    [(67, 1024, 128, 4), (33, 896, 64, 2), (40, 288, 32, 3), (16, 32, 128, 3), (65, 100, 64, 4)],
+)
+def test_integers_for_few_tokens(n, k, group_size, m, bits, chosen, assembly_on_cpu):
+    """Whole turns, a missing turn, missing parts of a tile and of a scale; scales that are words and others."""
+    check(*inputs(m, n, k), n, k, bits, 0, group_size, seed=5, function=scheduled(chosen))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bits", [2, 4])
+def test_what_is_cut_off_adds_no_error_of_its_own(bits, assembly_on_cpu):
+    """In float32; without its mean it would add up over the scales, to more than twice as much."""
+    packed, exact = layer(67, 2048, bits, 0)
+    x, _ = inputs(4, 67, 2048, bias=False)
+    got, want = torch.full((4, 67), float("nan"), device=DEVICE), x.double() @ exact.T
+    kernels.fused(x, packed, None, got, 2048, bits, 0, 128, 0, Integer(16, 2, 1, 2))
+    size = exact.norm(dim=1)
+    assert ((got.double() - want) / size).norm() <= 8e-5 * (want / size).norm()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_integers_for_tokens_that_differ_by_any_factor(m, assembly_on_cpu):
+    """And lie apart, begin anywhere, and end inside a scale; what is not finite stays with its token."""
+    packed, exact = layer(40, 500, 4, 0)
+    wide = torch.randn(m, 1100, generator=torch.Generator().manual_seed(m))
+    x = wide[:, 300:800] * torch.logspace(-25, 25, m)[torch.randperm(m)][:, None]
+    wide[:, 300:800] = x
+    x = wide[:, 300:800]
+    function, layout = scheduled(Integer(16, 2, 2, 2)), dict(bits=4, residual_bits=0, group_size=128, seed=0)
+    want = x.double() @ exact.T
+    got = function(x, packed, None, 500, **layout)
+    assert ((got.double() - want).norm(dim=1) <= 1e-3 * want.norm(dim=1)).all()
+    x[1, 7], x[0] = float("nan") if m % 2 else float("inf"), 0
+    bad = function(x, packed, None, 500, **layout)
+    assert not bad[1].isfinite().any()
+    assert (bad[0] == 0).all()
+    assert torch.equal(bad[2:], got[2:])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("k", [1152, 800])
+def test_few_tokens_read_nothing_around_the_planes(k, bits, assembly_on_cpu, monkeypatch):
+    """Whatever is beyond the end is multiplied by zero, so no result tells."""
+    packed, _ = layer(33, k, bits, 0)
+    guarded = {name: torch.zeros(getattr(packed, name).nbytes + 8192, dtype=torch.uint8) for name in ("codes", "scales")}
+    planes = {name: room[4096:-4096].view_as(getattr(packed, name)) for name, room in guarded.items()}
+    for name, plane in planes.items():
+        plane.copy_(getattr(packed, name))
+    load, reads = interpreter.InterpreterBuilder.create_masked_load, []
+
+    def watched(self, ptrs, mask, *rest):
+        for name, room in guarded.items():
+            inside = (ptrs.data - np.uint64(room.data_ptr()))[mask.data.astype(bool)]
+            inside = inside[inside < room.nbytes].astype(np.int64)  # smaller addresses have wrapped around
+            assert ((inside >= 4096) & (inside < room.nbytes - 4096)).all(), name
+            reads.append(len(inside))
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
+    layout, (x, bias) = dict(bits=bits, residual_bits=0, group_size=128, seed=0), inputs(4, 33, k)
+    for chosen in (Integer(16, 2, 1, 2), Integer(16, 4, 2, 3)):
+        got = scheduled(chosen)(x, packed._replace(**planes), bias, k, **layout)
+        assert torch.equal(got, scheduled(chosen)(x, packed, bias, k, **layout))
+    assert sum(reads) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 8, 1, 2), Integer(16, 4, 3, 3)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_integers_for_few_tokens_on_a_gpu(dtype, bits, chosen):
+    for n, k, m in ((67, 2048, 4), (33, 896, 2), (40, 288, 3), (16, 32, 4), (65, 100, 3), (4608, 3584, 2), (4608, 3584, 4)):
+        check(*inputs(m, n, k, dtype), n, k, bits, 0, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
@@ -659,13 +769,13 @@ def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path)
     path = tmp_path / "schedules.json"
     entry = dict(gpu="made up", rows=64, columns=128, bits=4, residual_bits=0)
     four = [16, 2, 1, 2]
-    fine, refused = ((1, [8]), (8, [8, 1]), (1, four)), ((8, [8]), (16, [8, 1]), (8, four))
+    fine, refused = ((1, [8]), (8, [8, 1]), (1, four), (4, four)), ((4, [8]), (8, [8]), (16, [8, 1]), (8, four))
     for tokens, chosen in (*fine, *refused):
         path.write_text(json.dumps([entry | dict(tokens=tokens, schedule=chosen)]))
         if (tokens, chosen) in fine:
             schedule.read(path)
         else:
-            with pytest.raises(ScheduleError, match="one integer or four are for 1 token, two are for at most 8"):
+            with pytest.raises(ScheduleError, match="one integer is for 1 token, two are for at most 8, four for at most 4"):
                 schedule.read(path)
     path.write_text(json.dumps([entry | dict(residual_bits=4, tokens=1, schedule=four)]))
     with pytest.raises(ScheduleError, match="four integers are for layers without a residual"):
@@ -730,14 +840,14 @@ def test_dequantization_to_bfloat16_on_a_gpu(n, k, bits, residual_bits, monkeypa
 
 
 def test_heuristic_covers_everything():
-    for tokens in (1, 8, 16, 17, 64, 65, 256):
+    for tokens in (1, 2, 4, 8, 16, 17, 64, 65, 256):
         for rows in (1, 100, 4096, 152064):
             for columns in (32, 3584, 18944):
                 chosen = choose("none", tokens, rows, columns, 4, 0)
                 tiles = max(1, -(-columns // 128))
                 if isinstance(chosen, Integer):
-                    assert tokens == 1
-                    assert rows * columns >= 1 << 23
+                    assert tokens <= 4
+                    assert rows * columns >= 1 << (23 if tokens == 1 else 25)
                     assert chosen.split == 1 or 2 * chosen.split * chosen.warps <= tiles
                     assert choose("none", tokens, rows, columns, 3, 0) == chosen
                     assert choose("none", tokens, rows, columns, 4, 4) != chosen  # it has no residual
@@ -753,7 +863,7 @@ def test_heuristic_covers_everything():
 
 
 def test_heuristic_for_warp_groups_covers_everything():
-    for tokens in (1, 9, 16, 17, 64, 65, 256, 300, 2049, 100_000):
+    for tokens in (1, 4, 9, 16, 17, 64, 65, 256, 300, 2049, 100_000):
         for columns in (128, 3584, 29568):
             for bits, residual_bits in COMBINATIONS:
                 chosen = choose("none", tokens, 4096, columns, bits, residual_bits, True)
@@ -765,6 +875,25 @@ def test_heuristic_for_warp_groups_covers_everything():
                         assert 48 << 10 < chosen.bytes(bits, residual_bits) <= (227 << 10) - decode.TABLE_BYTES
                 else:
                     assert tokens <= 256
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted"),
+    [
+        (18944, 3584, Integer(16, 2, 1, 2)),
+        (3584, 18944, Integer(32, 4, 4, 2)),
+        (37888, 3584, Integer(32, 4, 1, 2)),
+        (8192, 8192, Integer(32, 2, 4, 2)),
+    ],
+)
+def test_large_layers_get_integers_for_few_tokens(rows, columns, wanted, tokens):
+    """Those that were the fastest on an H200, whatever else could serve the layer."""
+    for bits, warp_groups in itertools.product((2, 3, 4), (False, True)):
+        assert choose("none", tokens, rows, columns, bits, 0, warp_groups) == wanted
+        others = (tokens, 0, rows // 8), (tokens, None, rows), (tokens, 4, rows), (5, 0, rows), (8, 0, rows)
+        for count, residual_bits, fewer in others:
+            assert not isinstance(choose("none", count, fewer, columns, bits, residual_bits, warp_groups), Integer)
 
 
 @pytest.mark.parametrize(("tiles", "steps"), [(1, 1), (1, 74), (132, 28), (133, 28), (148, 28), (1184, 28), (9, 4)])
@@ -787,7 +916,20 @@ def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     assert choose("some GPU", 5, 4096, 4096, 4, 0) == Slices(2, 3)
     assert choose("some GPU", 5, 4096, 4096, 3, 0) == choose("another", 5, 4096, 4096, 3, 0)
     assert choose("some GPU", 9, 4096, 4096, 4, 0) == choose("another", 9, 4096, 4096, 4, 0)
-    for bad in ("{", "[1]", json.dumps([dict(entry, tokens=7)]), json.dumps([dict(entry, schedule=[1, 2, 3, 4])])):
+    few, large = dict(entry, tokens=4, schedule=[16, 2, 3, 4]), dict(entry, rows=8192, columns=8192)
+    for entries, schedules in (
+        ([entry], {2: Slices(2, 3), 4: Slices(2, 3), 8: Slices(2, 3)}),
+        ([entry, few], {2: Integer(16, 2, 3, 4), 4: Integer(16, 2, 3, 4), 5: Slices(2, 3)}),
+        ([large], {2: Integer(32, 2, 4, 2), 4: Integer(32, 2, 4, 2), 5: Slices(2, 3)}),
+        ([large, large | few | dict(rows=8192, columns=8192)], {3: Integer(16, 2, 3, 4), 5: Slices(2, 3)}),
+    ):
+        path.write_text(json.dumps(entries))
+        schedule._own_table.cache_clear()
+        choose.cache_clear()
+        size = entries[0]["rows"]
+        assert {tokens: choose("some GPU", tokens, size, size, 4, 0) for tokens in schedules} == schedules
+    changes = dict(tokens=7), dict(schedule=[1]), dict(schedule=[1] * 4), dict(tokens=4, residual_bits=4, schedule=[1] * 4)
+    for bad in ("{", "[1]", *(json.dumps([entry | change]) for change in changes)):
         path.write_text(bad)
         schedule._own_table.cache_clear()
         choose.cache_clear()
@@ -796,6 +938,14 @@ def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     monkeypatch.delenv(schedule.ENVIRONMENT)
     schedule._own_table.cache_clear()
     choose.cache_clear()
+
+
+def test_tuning_tries_integers_where_they_serve():
+    from turboquant_weights.kernels import tune
+
+    for tokens, residual_bits, serve in ((1, 0, True), (4, 0, True), (8, 0, False), (4, 1, False)):
+        kinds = map(type, tune.candidates(tokens, 8192, 8192, 4, residual_bits))
+        assert (Integer in kinds) == serve
 
 
 def test_tuning_writes_what_choosing_reads(tmp_path, monkeypatch):

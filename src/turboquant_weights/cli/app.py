@@ -395,7 +395,7 @@ def tune(
     shapes: Annotated[list[str], typer.Argument(help="OUTxIN of the layers, e.g. 18944x3584.", show_default=False)],
     out: Annotated[Path, typer.Option(help="JSON file to write; what it holds already is kept.")] = Path("schedules.json"),
     bits: Annotated[str, typer.Option(help="Of the layers: base bits, or base+residual bits, e.g. 3 or 4+2.")] = "4",
-    tokens: Annotated[list[int] | None, typer.Option(help="Of 1, 8, 16, 32, 64, 128, 256. [default: all]")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Of 1, 4, 8, 16, 32, 64, 128, 256. [default: all]")] = None,
 ) -> None:
     """Search the fastest kernel schedules for layers of these SHAPES on this GPU.
 

@@ -34,10 +34,10 @@ from .slices import locate
 
 BYTES_TILES = 16  # of a program of `rotate_bytes_kernel`: the fewest rows of a matrix product
 META_BYTES = 32  # of a tile of 128 activations, beside its 256 bytes
-_MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23 in float32
-_MAGIC_FLOAT = tl.constexpr(1.5 * 2.0**23)
+MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23 in float32
+MAGIC_FLOAT = tl.constexpr(1.5 * 2.0**23)
 _CORRECTION = tl.constexpr(-1.5 * 2.0**23)
-_LARGEST = tl.constexpr(16128.0)  # half of v at most: its high byte is then at most 126
+LARGEST = tl.constexpr(16128.0)  # half of v at most: its high byte is then at most 126
 # A scale byte is a half-precision number shifted right by 5, times 2**19: as_float(byte << 18) lacks 2**131. Most of it goes
 # to the scales, which leaves room for activations of any magnitude, 2**7 to row exponents, the rest is the token's scale.
 _EARLY = tl.constexpr(2.0**112)
@@ -84,6 +84,42 @@ _CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 20))
 
 
 @triton.jit
+def byte_tables(BITS: tl.constexpr):
+    return register(_N0[BITS]), register(_N1[BITS]), register(_P0[BITS]), register(_P1[BITS])
+
+
+@triton.jit
+def decode_bytes(codes, tables):
+    """Words of codes at the top of nibbles -> :func:`assembly`'s results, in their order."""
+    return tl.inline_asm_elementwise(
+        _ASSEMBLY, _CONSTRAINTS, [codes, tables[0], tables[1], tables[2], tables[3]],
+        dtype=(tl.int8,) * 16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def bytes_of_words(values):
+    """The bytes of four words at a time. Words go through loops: bytes the compiler would take apart and put together again
+    in every turn."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;", "=&r,=&r,=&r,=&r,r,r,r,r", [values],
+        dtype=(tl.int8,) * 4, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def activation_bytes(rotated, SMALLEST: tl.constexpr):
+    """float32 [tiles, 32] -> their largest magnitudes, ``SMALLEST`` at least, then ``v / 2`` and the two bytes of ``v``, as
+    int32."""
+    # As integers: of a NaN the bits are the largest.
+    largest = tl.max(tl.abs(rotated).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    largest = tl.where(largest < SMALLEST, SMALLEST, largest)
+    halves = (rotated * (1.0 / largest)[:, None] * LARGEST + MAGIC_FLOAT).to(tl.int32, bitcast=True) - MAGIC
+    high = (halves + 64) >> 7
+    return largest, halves, high, halves * 2 - (high << 8)
+
+
+@triton.jit
 def _join8(a, b, c, d, e, f, g, h):
     """New last dimensions: bits 2, 1 and 0 of the operand's number."""
     even = tl.join(tl.join(a, e), tl.join(c, g))
@@ -98,10 +134,7 @@ def _levels(codes, words, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.cons
         codes = three_words(codes, ROWS // 8, WARPS * 32, _TOP_3)
     elif BITS == 2:
         codes = two_words(codes, ROWS // 8, WARPS * 32, _TOP_2)
-    (n0, n1, p0, p1, n2, n3, p2, p3, n4, n5, p4, p5, n6, n7, p6, p7) = tl.inline_asm_elementwise(
-        _ASSEMBLY, _CONSTRAINTS, [codes, words[0], words[1], words[2], words[3]],
-        dtype=(tl.int8,) * 16, is_pure=True, pack=4,
-    )  # fmt: skip
+    n0, n1, p0, p1, n2, n3, p2, p3, n4, n5, p4, p5, n6, n7, p6, p7 = decode_bytes(codes, words)
     negative = _join8(n0, n1, n2, n3, n4, n5, n6, n7)
     positive = _join8(p0, p1, p2, p3, p4, p5, p6, p7)
     # dims: octet, warp, g, t, i, p1, p0, h -> warp, rows (octet, g), columns (p1, p0, t, h, i)
@@ -112,12 +145,8 @@ def _levels(codes, words, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.cons
 
 @triton.jit
 def _right(values, WARPS: tl.constexpr):
-    """int32 [2, threads * 4] -> right operand int8 [WARPS, 128, 8]. Words, not bytes, go through the loop: the compiler
-    would take bytes apart and put them together again in every turn."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;", "=&r,=&r,=&r,=&r,r,r,r,r", [values],
-        dtype=(tl.int8,) * 4, is_pure=True, pack=4,
-    )  # fmt: skip
+    """int32 [2, threads * 4] -> right operand int8 [WARPS, 128, 8]."""
+    a, b, c, d = bytes_of_words(values)
     # dims: p1, warp, g, t, i, p0, h -> warp, columns (p1, p0, t, h, i), g
     values = tl.join(tl.join(a, c), tl.join(b, d)).reshape(2, WARPS, 8, 4, 4, 2, 2)
     return values.trans(1, 0, 5, 3, 6, 4, 2).reshape(WARPS, 128, 8)
@@ -155,7 +184,7 @@ def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constex
     """The product of a warp's tile, float32 [WARPS, ROWS, (t, byte)]."""
     codes, scale = fetched
     negative, positive = _levels(codes, words, ROWS, WARPS, BITS)
-    sums = tl.full((WARPS, ROWS, 8), _MAGIC, tl.int32)
+    sums = tl.full((WARPS, ROWS, 8), MAGIC, tl.int32)
     sums = tl.dot(negative, right, sums, out_dtype=tl.int32)
     sums = tl.dot(positive, right, sums, out_dtype=tl.int32)
     # dims: warp, octet, g, t, byte -> warp, rows, (t, byte)
@@ -186,7 +215,7 @@ def integer_kernel(
     split = tl.program_id(1)
     turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
-    words = register(_N0[BITS]), register(_N1[BITS]), register(_P0[BITS]), register(_P1[BITS])
+    words = byte_tables(BITS)
     # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
     octet = tl.arange(0, ROWS // 8)[:, None] * 8 + tile_n * ROWS
     word = tl.arange(0, THREADS * 4)
@@ -268,16 +297,11 @@ def rotate_bytes_kernel(
     if program == 0:
         tl.store(token_scale, _LATE)
     rotated = tl.dot(values * flips, square, input_precision="ieee") * norm
-    # As integers: of a NaN the bits are the largest.
-    largest = tl.max(tl.abs(rotated).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    largest = tl.where(largest < 2.0**-110, 2.0**-110, largest)
-    halves = (rotated * (1.0 / largest)[:, None] * _LARGEST + _MAGIC_FLOAT).to(tl.int32, bitcast=True) - _MAGIC
-    high = (halves + 64) >> 7
-    low = halves * 2 - (high << 8)
+    largest, halves, high, low = activation_bytes(rotated, 2.0**-110)
     live = tile < tiles
     address = out.to(tl.pointer_type(tl.int8)) + (tile * 256 + group * 64)[:, None] + tl.arange(0, 32)[None, :]
     tl.store(address, high.to(tl.int8), mask=live[:, None])
     tl.store(address + 32, low.to(tl.int8), mask=live[:, None])
     meta = out.to(tl.pointer_type(tl.float32)) + tiles * 64 + tile * 8 + group * 2
     tl.store(meta, tl.sum(halves, 1).to(tl.float32) + _CORRECTION, mask=live)
-    tl.store(meta + 1, largest * (0.5 / _LARGEST), mask=live)
+    tl.store(meta + 1, largest * (0.5 / LARGEST), mask=live)

@@ -22,6 +22,7 @@ from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
 from .decode import TILE, assembly, bfloat_assembly, lookup_words
 from .dequantize import dequantize_kernel, dequantize_words_kernel
+from .few import FEW_BYTES, FEW_TILES, FEW_TOKENS, few_kernel, rotate_few_kernel
 from .integer import BYTES_TILES, META_BYTES, integer_kernel, rotate_bytes_kernel
 from .prefill import WEIGHT_ROWS, multiply_bytes_kernel, rotate_round_kernel, round_weights_kernel
 from .rotate import (
@@ -411,8 +412,23 @@ def _plan(
     rotated = 2 * tokens * tiles * TILE
     levels: tuple[Tensor, ...] = ()
     arguments: tuple[Any, ...]
-    if isinstance(schedule, Integer):
-        assert tokens == 1
+    if isinstance(schedule, Integer) and tokens > 1:
+        assert tokens <= FEW_TOKENS
+        assert decoder
+        assert not residual_bits
+        split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows * FEW_TOKENS
+        step = schedule.warps * split
+        padded = -(-tiles // step) * step
+        ends = 2 if groups % 4 else int(padded != tiles)
+        order = NATURAL
+        arguments = (
+            *(tokens, rows, groups, strides[0], strides[2], split, bits, has_bias, ends),
+            *(groups % 4 == 0 and strides[2] % 4 == 0, schedule.rows, schedule.warps, schedule.ahead, split > 1, pdl),
+        )
+        product = _Launch(few_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
+        parts = slots * split if split > 1 else 0
+        rotated = FEW_BYTES * padded
+    elif isinstance(schedule, Integer):
         assert decoder
         assert not residual_bits
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows
@@ -477,7 +493,12 @@ def _plan(
     for size in (rotated, 4 * tokens, 4 * slots):
         offsets.append(offsets[-1] + -(-size // 256) * 256)
     total = offsets[3] + 4 * parts * part
-    if isinstance(schedule, Integer):
+    if isinstance(schedule, Integer) and tokens > 1:
+        turning = _Launch(
+            rotate_few_kernel, (-(-tokens * padded // FEW_TILES), 4, 1),
+            (x_stride, tokens, slots, in_features, padded, block**-0.5, FEW_TILES, pdl), 4, pdl,
+        )  # fmt: skip
+    elif isinstance(schedule, Integer):
         turning = _Launch(
             rotate_bytes_kernel, (-(-tiles // BYTES_TILES), 4, 1),
             (slots, in_features, tiles, block**-0.5, BYTES_TILES, pdl), 4, pdl,

@@ -8,6 +8,7 @@ time.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from ..errors import ScheduleError
 from .decode import TABLE_BYTES
+from .few import FEW_TOKENS
 from .slices import MOST_TOKENS
 
 
@@ -34,8 +36,8 @@ class Slices(NamedTuple):
 
 
 class Integer(NamedTuple):
-    """``integer.py``: one token, no residual, ``rows`` rows per program, ``warps * split`` slices of the columns,
-    ``ahead`` tiles of each warp in flight."""
+    """``integer.py`` for one token, ``few.py`` for 2 to 4: no residual, ``rows`` rows per program, ``warps * split`` slices
+    of the columns, ``ahead`` tiles of each warp in flight."""
 
     rows: int
     warps: int
@@ -109,7 +111,7 @@ class Rotation(NamedTuple):
 
 Schedule = Rotating | Slices | StreamK | Integer | SplitK
 _KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 4: Integer, 5: SplitK}  # by their number of fields
-_MOST_OF_KIND = {1: 1, 2: MOST_TOKENS, 4: 1}  # tokens
+_MOST_OF_KIND = {1: 1, 2: MOST_TOKENS, 4: FEW_TOKENS}  # tokens
 
 SLICE_ROWS = 16
 # What an H100 wants: programs of `rotating.py`, at most, by residual bits and warps, and the columns up to which it is of
@@ -127,6 +129,9 @@ _ROTATING_COLUMNS = 8192
 # warps of `integer.py` that run at once, or, of 32 rows each, over long rows.
 _INTEGER_WEIGHTS = 15 << 20
 _INTEGER_WARPS, _LONG_INTEGER_WARPS = 3100, 2100
+# Weights from which on `few.py` is used; the fewest warps of 32 rows each that are better than more of 16 (H200).
+_FEW_WEIGHTS = 1 << 25
+_LEAST_FEW_WARPS = 1500
 _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
@@ -143,8 +148,9 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROTATION_PROGRAMS = 264  # two per multiprocessor
 # Tokens from which on activations of 8 bits, where they are allowed, are faster than any other way (measured on an H100).
 INT8_TOKENS = 1024
-# Token counts at which the table has entries; a batch takes the next larger one.
-TOKENS = (1, 8, 16, 32, 64, 128, 256)
+# Token counts at which the table has entries; a batch takes the next larger one, up to 4 tokens that of 8 if there is none
+# for 4 and `few.py` does not serve the layer.
+TOKENS = (1, FEW_TOKENS, MOST_TOKENS, 16, 32, 64, 128, 256)
 Layer = tuple[int, int, int, int]  # rows, columns, bits, residual bits
 # GPU -> layer -> tokens -> the schedule with as many fields.
 _TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
@@ -195,7 +201,9 @@ def read(path: Path) -> dict[str, dict[Layer, dict[int, tuple[int, ...]]]]:
             if tokens not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
                 raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1 to 5 positive integers")
             if tokens > _MOST_OF_KIND.get(len(schedule), tokens):
-                raise ValueError(f"{entry}: one integer or four are for 1 token, two are for at most {_MOST_OF_KIND[2]}")
+                raise ValueError(
+                    f"{entry}: one integer is for 1 token, two are for at most {MOST_TOKENS}, four for at most {FEW_TOKENS}"
+                )
             if _KINDS[len(schedule)] is Integer and layer[3]:
                 raise ValueError(f"{entry}: four integers are for layers without a residual")
             table.setdefault(str(entry["gpu"]), {}).setdefault(layer, {})[int(entry["tokens"])] = schedule
@@ -227,13 +235,17 @@ def choose(
     """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder,
     ``warp_groups`` says that `streamk.py` can serve the layer."""
     if residual_bits is not None:
-        layer, at = (rows, columns, bits, residual_bits), next((t for t in TOKENS if t >= tokens), None)
-        for table in (_own_table(), _TABLE):
-            entry = table.get(gpu, {}).get(layer, {}).get(at or 0)
+        are_few = 1 < tokens <= FEW_TOKENS and not residual_bits and rows * columns >= _FEW_WEIGHTS
+        at = next((t for t in TOKENS if t >= tokens), 0)
+        served_by = (at, MOST_TOKENS) if at == FEW_TOKENS and not are_few else (at,)
+        for table, entry_tokens in itertools.product((_own_table(), _TABLE), served_by):
+            entry = table.get(gpu, {}).get((rows, columns, bits, residual_bits), {}).get(entry_tokens)
             if entry is not None:
                 schedule = _KINDS[len(entry)](*entry)
                 if not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns)):
                     return schedule
+        if are_few:
+            return _few(rows, columns)
         if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
             return _integer(rows, columns)
         # Rotating takes registers, which a residual needs, too: over long rows, and over many, two launches are faster.
@@ -297,6 +309,18 @@ def _integer(rows: int, columns: int) -> Integer:
         return Integer(SLICE_ROWS, 4, 1, 2)
     fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _INTEGER_WARPS and 4 * s <= tiles]
     return Integer(SLICE_ROWS, 2, max(fitting, default=1), 2)
+
+
+def _few(rows: int, columns: int) -> Integer:
+    """Activations cost more than those of one token, so 32 rows share them over short rows, too, unless that leaves too few
+    warps."""
+    row_tiles, tiles = -(-rows // (2 * SLICE_ROWS)), -(-columns // 128)
+    warps = 4 if columns > _ROTATING_COLUMNS or 2 * row_tiles > _LONG_INTEGER_WARPS else 2
+    fitting = [s for s in _SPLITS if warps * row_tiles * s <= _LONG_INTEGER_WARPS and 2 * warps * s <= tiles]
+    split = max(fitting, default=1)
+    if columns <= _ROTATING_COLUMNS and warps * row_tiles * split < _LEAST_FEW_WARPS:
+        return _integer(rows, columns)
+    return Integer(2 * SLICE_ROWS, warps, split, 2)
 
 
 def _slices_fit(rows: int, columns: int) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..codebook import HALF_INTEGER_LEVELS, POLYNOMIALS
 from ..errors import ScheduleError
 from ..reference import PackedWeight
+from .few import FEW_TOKENS
 from .linear import fused, has_warp_groups
 from .schedule import (
     SLICE_ROWS,
@@ -105,7 +106,7 @@ def candidates(
     out: list[Schedule] = []
     if tokens == 1:
         out += [Rotating(warps) for warps in (1, 2, 4, 8) if warps == 1 or 2 * warps <= tiles]
-    if tokens == 1 and not residual_bits:
+    if tokens <= FEW_TOKENS and not residual_bits:
         for height, warps in itertools.product((16, 32), (2, 4, 8)):
             for split in _SPLITS:
                 total = -(-rows // height) * warps * split
