@@ -27,7 +27,7 @@ from torch import Tensor
 from turboquant_weights import TurboQuantLinear
 from turboquant_weights.kernels import linear as kernels
 from turboquant_weights.kernels import tune
-from turboquant_weights.kernels.schedule import INT8_TOKENS, choose, crossover, gpu_name
+from turboquant_weights.kernels.schedule import INT8_TOKENS, choose, crossover, entry_of, gpu_name
 from turboquant_weights.reference import PackedWeight
 
 SHAPES = {
@@ -105,13 +105,13 @@ def measure_ours(x: Tensor, planes: list[PackedWeight], rows: int, bits: tuple[i
     tokens, columns = x.shape
     warp_groups = kernels.has_warp_groups(x.device, columns)
     if tokens > crossover(bits[1], rows, columns, warp_groups):
-        return dict(ours_us=scratch_time(x, planes, rows, bits), schedule=None)
+        return dict(ours_us=scratch_time(x, planes, rows, bits), kind=None, schedule=None)
     if searching:
         schedule, microseconds = tune.tune(tokens, rows, columns, *bits, planes)
     else:
         schedule = choose(gpu_name(x.device), tokens, rows, columns, *bits, warp_groups)
         microseconds = tune.schedule_time(x, planes, *bits, schedule, 15)
-    return dict(ours_us=microseconds, schedule=list(schedule))
+    return dict(ours_us=microseconds, **entry_of(schedule))
 
 
 def measure(
@@ -142,7 +142,8 @@ def measure(
             rate = planes[0].nbytes / ours["ours_us"] / 1e3
             cell = dict(rows=rows, columns=columns, bits=label, tokens=len(x), bf16_us=round(reference, 2))
             cell.update(ours_us=round(ours["ours_us"], 2), speedup=round(reference / ours["ours_us"], 3))
-            cell.update(schedule=ours["schedule"], weight_GBps=round(rate), of_copy=round(rate / copy_gbps, 3))
+            cell.update(kind=ours["kind"], schedule=ours["schedule"])
+            cell.update(weight_GBps=round(rate), of_copy=round(rate / copy_gbps, 3))
             if len(x) >= INT8_TOKENS:
                 cell["int8_us"] = round(bytes_time(x, planes, rows, bits), 2)
             cell["peers_us"] = {name: times[i] and round(times[i], 2) for name, times in peers.items()}

@@ -297,8 +297,8 @@ def test_every_schedule_gives_the_result(chosen, k):
 @pytest.mark.parametrize(
     ("chosen", "planes"),
     [
-        *itertools.product((SplitK(32, 64, 2, 3, 4), Slices(2, 1), Rotating(1)), [*USUAL, (2, 1), (3, 3)]),
-        *itertools.product((SplitK(16, 64, 1, 1, 4), Slices(4, 3), Rotating(4)), [(3, 0), (4, 0), (4, 3), (4, 4)]),
+        *itertools.product((SplitK(32, 64, 2, 3, 4), Slices(16, 2, 1, 0), Rotating(1)), [*USUAL, (2, 1), (3, 3)]),
+        *itertools.product((SplitK(16, 64, 1, 1, 4), Slices(32, 4, 3, 0), Rotating(4)), [(3, 0), (4, 0), (4, 3), (4, 4)]),
     ],
 )
 def test_every_schedule_on_the_assembly_path(chosen, planes, assembly_on_cpu):
@@ -603,7 +603,7 @@ def test_rotating_on_a_gpu(dtype, chosen, bits, residual_bits):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("bits", "residual_bits"), [*USUAL, (2, 1), (3, 3)])
-@pytest.mark.parametrize("chosen", [Slices(2, 1), Slices(4, 3), Slices(8, 2), Slices(1, 1)])
+@pytest.mark.parametrize("chosen", [Slices(16, 2, 1, 0), Slices(16, 4, 3, 0), Slices(16, 8, 2, 0), Slices(16, 1, 1, 0)])
 @pytest.mark.parametrize("m", [1, 2, 7, 8])
 def test_slices_on_a_gpu(m, chosen, bits, residual_bits):
     for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32)):
@@ -765,21 +765,89 @@ def test_a_bias_on_another_device_is_an_error():
             kernels.linear(x, packed, bias.cpu(), 128, bits=4, residual_bits=0, group_size=128, seed=0)
 
 
-def test_schedules_for_more_tokens_than_their_kernel_takes_are_refused(tmp_path):
+ENTRY = dict(gpu="some GPU", rows=4096, columns=4096, bits=4, residual_bits=0, tokens=8)
+SLICES_RULE = r"\[rows, warps, split, looked_up\], positive integers; rows one of \(16, 32\); looked_up one of \(0, 1, 2\)"
+KINDS = [Rotating(8), Slices(32, 8, 1, 2), Integer(16, 2, 1, 2), StreamK(64, 2, 2), SplitK(16, 64, 8, 1, 4)]
+
+
+def written(path, *entries):
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def test_schedules_are_read_as_they_were_written(tmp_path):
+    most = {Rotating: 1, Slices: 8, Integer: 4}
+    for chosen in KINDS:
+        for tokens in schedule.TOKENS:
+            path = written(tmp_path / "schedules.json", ENTRY | dict(tokens=tokens) | schedule.entry_of(chosen))
+            if tokens <= most.get(type(chosen), tokens):
+                read = schedule.read(path)
+                assert read == {"some GPU": {(4096, 4096, 4, 0): {tokens: chosen}}}
+            else:
+                rule = f"tokens of the kind {type(chosen).__name__.lower()} are at most {most[type(chosen)]}"
+                with pytest.raises(ScheduleError, match=f"'tokens': {tokens}, .*{rule}.*turboquant-weights tune"):
+                    schedule.read(path)
+    assert schedule.entry_of(Slices(16, 8, 1, 0)) == dict(kind="slices", schedule=[16, 8, 1, 0])
+
+
+def test_the_table_obeys_the_rules_of_files(tmp_path):
     path = tmp_path / "schedules.json"
-    entry = dict(gpu="made up", rows=64, columns=128, bits=4, residual_bits=0)
-    four = [16, 2, 1, 2]
-    fine, refused = ((1, [8]), (8, [8, 1]), (1, four), (4, four)), ((4, [8]), (8, [8]), (16, [8, 1]), (8, four))
-    for tokens, chosen in (*fine, *refused):
-        path.write_text(json.dumps([entry | dict(tokens=tokens, schedule=chosen)]))
-        if (tokens, chosen) in fine:
-            schedule.read(path)
-        else:
-            with pytest.raises(ScheduleError, match="one integer is for 1 token, two are for at most 8, four for at most 4"):
-                schedule.read(path)
-    path.write_text(json.dumps([entry | dict(residual_bits=4, tokens=1, schedule=four)]))
-    with pytest.raises(ScheduleError, match="four integers are for layers without a residual"):
+    names = "rows", "columns", "bits", "residual_bits"
+    entries = [
+        dict(zip(names, layer, strict=True), gpu=gpu, tokens=tokens) | schedule.entry_of(chosen)
+        for gpu, layers in schedule._TABLE.items()
+        for layer, by_tokens in layers.items()
+        for tokens, chosen in by_tokens.items()
+    ]
+    assert entries
+    assert schedule.read(written(path, *entries)) == schedule._TABLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        (dict(kind=None), "a kind is one of rotating, slices, integer, streamk, splitk"),
+        (dict(kind="slice"), "a kind is one of rotating, slices, integer, streamk, splitk"),
+        (dict(kind=["slices"]), "a kind is one of rotating, slices, integer, streamk, splitk"),
+        (dict(kind="rotating", tokens=1), r"a schedule of the kind rotating is \[warps\], positive integers\W*Write"),
+        (dict(kind="splitk"), r"\[block_m, block_n, split, stages, warps\]"),
+        *((dict(schedule=fields), SLICES_RULE) for fields in (
+            8, [], [8, 1], [16, 8, 1, 0, 1], [0, 8, 1, 0], [8, 8, 1, 0], [16, 0, 1, 0], [16, 8, 0, 0], [16, 8, -1, 0],
+            [16, 8, 1, 3], [16, 8, 1, -1], [16, 8, 1.0, 0], [16, 8, True, 0], [16, "8", 1, 0],
+        )),
+        (dict(kind="integer", schedule=[16, 2, 1, 0], tokens=4), r"a schedule of the kind integer is \["),
+        (dict(kind="integer", schedule=[16, 2, 1, 2], tokens=4, residual_bits=4), "integer is for .* without a residual"),
+        (dict(tokens=7), r"tokens are one of \(1, 4, 8"),
+        (dict(tokens=16), "tokens of the kind slices are at most 8"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_no_kernel_can_serve_is_refused(changes, rule, tmp_path):
+    """With what was got, the rule and the cure."""
+    entry = ENTRY | schedule.entry_of(Slices(16, 8, 1, 0))
+    schedule.read(written(tmp_path / "schedules.json", entry))
+    path = written(tmp_path / "schedules.json", entry | changes)
+    with pytest.raises(ScheduleError, match=rf"schedules\.json.*{rule}") as error:
         schedule.read(path)
+    assert str(entry | changes) in str(error.value).replace("\\'", "'")
+    assert "Write a new one with `turboquant-weights tune`" in str(error.value)
+
+
+def test_a_file_of_schedules_without_kinds_is_refused(tmp_path):
+    from turboquant_weights.kernels import tune
+
+    path = written(tmp_path / "schedules.json", ENTRY | dict(schedule=[8, 1]))
+    for read in (schedule.read, lambda path: list(tune.tune_file([(4096, 4096)], 4, 0, None, path))):
+        with pytest.raises(ScheduleError, match=r"'schedule': \[8, 1\].*a kind is one of .*Write a new one"):
+            read(path)
+
+
+def test_equal_numbers_of_another_kind_are_another_schedule():
+    """Plans are kept by schedule, and both may serve the same layer."""
+    slices, integers = Slices(16, 2, 1, 2), Integer(16, 2, 1, 2)
+    assert tuple(slices) == tuple(integers)
+    assert (slices == integers, slices != integers) == (False, True)
+    assert (slices == Slices(16, 2, 1, 2), slices != Slices(16, 2, 1, 2)) == (True, False)
+    assert len({slices, integers, Slices(16, 2, 1, 2)}) == 2
 
 
 def test_extreme_row_exponents():
@@ -862,6 +930,11 @@ def test_heuristic_covers_everything():
                     assert 1 <= chosen.split <= tiles
 
 
+def test_few_rows_are_split_among_programs_of_many_warps():
+    for residual_bits in (0, 4):
+        assert choose("none", 7, 100, 4096, 4, residual_bits) == Slices(16, 8, 2, 0)
+
+
 def test_heuristic_for_warp_groups_covers_everything():
     for tokens in (1, 4, 9, 16, 17, 64, 65, 256, 300, 2049, 100_000):
         for columns in (128, 3584, 29568):
@@ -908,28 +981,27 @@ def test_shares_of_stream_k_cover_every_step(tiles, steps):
 
 def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     path = tmp_path / "schedules.json"
-    entry = dict(gpu="some GPU", rows=4096, columns=4096, bits=4, residual_bits=0, tokens=8, schedule=[2, 3])
+    entry = ENTRY | schedule.entry_of(Slices(16, 2, 3, 0))
     path.write_text(json.dumps([entry]))
     monkeypatch.setenv(schedule.ENVIRONMENT, str(path))
     schedule._own_table.cache_clear()
     choose.cache_clear()
-    assert choose("some GPU", 5, 4096, 4096, 4, 0) == Slices(2, 3)
+    assert choose("some GPU", 5, 4096, 4096, 4, 0) == Slices(16, 2, 3, 0)
     assert choose("some GPU", 5, 4096, 4096, 3, 0) == choose("another", 5, 4096, 4096, 3, 0)
     assert choose("some GPU", 9, 4096, 4096, 4, 0) == choose("another", 9, 4096, 4096, 4, 0)
-    few, large = dict(entry, tokens=4, schedule=[16, 2, 3, 4]), dict(entry, rows=8192, columns=8192)
+    few, large = entry | dict(tokens=4) | schedule.entry_of(Integer(16, 2, 3, 4)), entry | dict(rows=8192, columns=8192)
     for entries, schedules in (
-        ([entry], {2: Slices(2, 3), 4: Slices(2, 3), 8: Slices(2, 3)}),
-        ([entry, few], {2: Integer(16, 2, 3, 4), 4: Integer(16, 2, 3, 4), 5: Slices(2, 3)}),
-        ([large], {2: Integer(32, 2, 4, 2), 4: Integer(32, 2, 4, 2), 5: Slices(2, 3)}),
-        ([large, large | few | dict(rows=8192, columns=8192)], {3: Integer(16, 2, 3, 4), 5: Slices(2, 3)}),
+        ([entry], {2: Slices(16, 2, 3, 0), 4: Slices(16, 2, 3, 0), 8: Slices(16, 2, 3, 0)}),
+        ([entry, few], {2: Integer(16, 2, 3, 4), 4: Integer(16, 2, 3, 4), 5: Slices(16, 2, 3, 0)}),
+        ([large], {2: Integer(32, 2, 4, 2), 4: Integer(32, 2, 4, 2), 5: Slices(16, 2, 3, 0)}),
+        ([large, large | few | dict(rows=8192, columns=8192)], {3: Integer(16, 2, 3, 4), 5: Slices(16, 2, 3, 0)}),
     ):
         path.write_text(json.dumps(entries))
         schedule._own_table.cache_clear()
         choose.cache_clear()
         size = entries[0]["rows"]
         assert {tokens: choose("some GPU", tokens, size, size, 4, 0) for tokens in schedules} == schedules
-    changes = dict(tokens=7), dict(schedule=[1]), dict(schedule=[1] * 4), dict(tokens=4, residual_bits=4, schedule=[1] * 4)
-    for bad in ("{", "[1]", *(json.dumps([entry | change]) for change in changes)):
+    for bad in ("{", "[1]", json.dumps([{"rows": 1}]), json.dumps([entry | dict(tokens=7)])):
         path.write_text(bad)
         schedule._own_table.cache_clear()
         choose.cache_clear()
@@ -953,7 +1025,7 @@ def test_tuning_writes_what_choosing_reads(tmp_path, monkeypatch):
     from turboquant_weights.kernels import tune
 
     path = tmp_path / "schedules.json"
-    times = {Slices(4, 2): 1.0, SplitK(32, 64, 2, 1, 4): 2.0}
+    times = {Slices(16, 4, 2, 0): 1.0, SplitK(32, 64, 2, 1, 4): 2.0}
     monkeypatch.setattr(tune, "schedule_time", lambda x, planes, bits, residual, s, n: times.get(s, 9.0))
     monkeypatch.setattr(tune, "cold_copies", lambda *_: [None])
     monkeypatch.setattr(tune, "gpu_name", lambda device: "made up")
@@ -963,7 +1035,7 @@ def test_tuning_writes_what_choosing_reads(tmp_path, monkeypatch):
     assert len(lines) == 2
     list(tune.tune_file([(4096, 4096)], 3, 0, [8], path))  # again: replaced, not repeated
     assert len(json.loads(path.read_text())) == 2
-    assert schedule.read(path) == {"made up": {(4096, 4096, 3, 0): {8: (4, 2), 32: (32, 64, 2, 1, 4)}}}
+    assert schedule.read(path) == {"made up": {(4096, 4096, 3, 0): {8: Slices(16, 4, 2, 0), 32: SplitK(32, 64, 2, 1, 4)}}}
     with pytest.raises(ScheduleError, match="residuals of 0 to 4 bits"):
         list(tune.tune_file([(4096, 4096)], 4, 5, None, path))
 

@@ -442,12 +442,12 @@ def _plan(
         parts = slots * split if split > 1 else 0
         rotated += META_BYTES * tiles
     elif isinstance(schedule, Slices):
-        split, slots, part = schedule.split, -(-rows // SLICE_ROWS), SLICE_ROWS * MOST_TOKENS
+        split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows * MOST_TOKENS
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
         order = SLICES
         arguments = (
             *(*sizes, split, bits, residual_bits, decoder, has_bias, tail),
-            *(SLICE_ROWS, schedule.warps, split > 1, pdl),
+            *(schedule.rows, schedule.warps, split > 1, pdl),
         )
         product = _Launch(slices_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
         parts = slots * split if split > 1 else 0

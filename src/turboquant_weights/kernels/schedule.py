@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,20 +21,41 @@ from .decode import TABLE_BYTES
 from .few import FEW_TOKENS
 from .slices import MOST_TOKENS
 
+_Kind = TypeVar("_Kind", bound=tuple[int, ...])
 
+
+def _told_apart(kind: type[_Kind]) -> type[_Kind]:
+    """Tuples of the same numbers are equal; a plan that is kept for a schedule must not be taken for one of another kind."""
+
+    def equal(self: _Kind, other: object) -> bool:
+        return type(self) is type(other) and tuple.__eq__(self, other)
+
+    def differ(self: _Kind, other: object) -> bool:
+        return not equal(self, other)
+
+    kind.__eq__, kind.__ne__ = equal, differ  # type: ignore[method-assign, assignment]
+    return kind
+
+
+@_told_apart
 class Rotating(NamedTuple):
     """``rotating.py``: one token, 16 rows per program, ``warps`` slices of the columns; one launch, rotation included."""
 
     warps: int
 
 
+@_told_apart
 class Slices(NamedTuple):
-    """``slices.py``: 16 rows x 8 tokens per program, ``warps * split`` slices of the columns."""
+    """``slices.py``: ``rows`` rows (16 or 32) x 8 tokens per program, ``warps * split`` slices of the columns; ``looked_up``
+    (0, 1 or 2) of the two words of a thread's pair get their levels from a table in shared memory."""
 
+    rows: int
     warps: int
     split: int
+    looked_up: int
 
 
+@_told_apart
 class Integer(NamedTuple):
     """``integer.py`` for one token, ``few.py`` for 2 to 4: no residual, ``rows`` rows per program, ``warps * split`` slices
     of the columns, ``ahead`` tiles of each warp in flight."""
@@ -45,6 +66,7 @@ class Integer(NamedTuple):
     ahead: int
 
 
+@_told_apart
 class StreamK(NamedTuple):
     """``streamk.py``, on sm_90: tiles of ``64 * groups`` rows x ``block_m`` tokens, one program per multiprocessor with
     ``stages`` steps in flight."""
@@ -88,6 +110,7 @@ class StreamK(NamedTuple):
         return whole if whole <= _WHOLE_TILES * even else even
 
 
+@_told_apart
 class SplitK(NamedTuple):
     """``splitk.py``: a tile of ``block_n`` rows x ``block_m`` tokens; ``split`` programs share the columns; ``stages`` tiles
     in flight through shared memory (1: through registers)."""
@@ -110,8 +133,17 @@ class Rotation(NamedTuple):
 
 
 Schedule = Rotating | Slices | StreamK | Integer | SplitK
-_KINDS: dict[int, type[Schedule]] = {1: Rotating, 2: Slices, 3: StreamK, 4: Integer, 5: SplitK}  # by their number of fields
-_MOST_OF_KIND = {1: 1, 2: MOST_TOKENS, 4: FEW_TOKENS}  # tokens
+# By the names that files give them.
+_KINDS: dict[str, type[Schedule]] = {
+    "rotating": Rotating,
+    "slices": Slices,
+    "integer": Integer,
+    "streamk": StreamK,
+    "splitk": SplitK,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+_MOST_OF_KIND: dict[type[Schedule], int] = {Rotating: 1, Slices: MOST_TOKENS, Integer: FEW_TOKENS}  # tokens
+_VALUES = {"rows": (16, 32), "looked_up": (0, 1, 2)}  # of fields that take none but these
 
 SLICE_ROWS = 16
 # What an H100 wants: programs of `rotating.py`, at most, by residual bits and warps, and the columns up to which it is of
@@ -152,31 +184,31 @@ INT8_TOKENS = 1024
 # for 4 and `few.py` does not serve the layer.
 TOKENS = (1, FEW_TOKENS, MOST_TOKENS, 16, 32, 64, 128, 256)
 Layer = tuple[int, int, int, int]  # rows, columns, bits, residual bits
-# GPU -> layer -> tokens -> the schedule with as many fields.
-_TABLE: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {
+Table = dict[str, dict[Layer, dict[int, Schedule]]]  # GPU -> layer -> tokens -> schedule
+_TABLE: Table = {
     "NVIDIA H100 80GB HBM3": {
         (4096, 4096, 4, 0): {
-            1: (8,),
-            8: (16, 64, 8, 1, 4),
-            16: (16, 64, 8, 1, 4),
-            32: (32, 64, 6, 1, 4),
-            64: (64, 2, 2),
-            128: (64, 2, 2),
-            256: (128, 2, 3),
+            1: Rotating(8),
+            8: SplitK(16, 64, 8, 1, 4),
+            16: SplitK(16, 64, 8, 1, 4),
+            32: SplitK(32, 64, 6, 1, 4),
+            64: StreamK(64, 2, 2),
+            128: StreamK(64, 2, 2),
+            256: StreamK(128, 2, 3),
         },
         (4096, 4096, 4, 4): {
-            1: (8,),
-            8: (8, 1),
-            16: (16, 64, 8, 1, 4),
-            32: (32, 64, 8, 1, 4),
-            64: (64, 2, 2),
-            128: (128, 64, 4, 3, 4),
-            256: (128, 2, 3),
+            1: Rotating(8),
+            8: Slices(16, 8, 1, 0),
+            16: SplitK(16, 64, 8, 1, 4),
+            32: SplitK(32, 64, 8, 1, 4),
+            64: StreamK(64, 2, 2),
+            128: SplitK(128, 64, 4, 3, 4),
+            256: StreamK(128, 2, 3),
         },
-        (18944, 3584, 4, 0): {1: (16, 2, 1, 2), 8: (4, 1)},
-        (3584, 18944, 4, 0): {256: (128, 2, 3)},
-        (8192, 8192, 4, 0): {1: (32, 2, 4, 2)},
-        (10240, 8192, 4, 0): {1: (16, 4, 1, 2)},
+        (18944, 3584, 4, 0): {1: Integer(16, 2, 1, 2), 8: Slices(16, 4, 1, 0)},
+        (3584, 18944, 4, 0): {256: StreamK(128, 2, 3)},
+        (8192, 8192, 4, 0): {1: Integer(32, 2, 4, 2)},
+        (10240, 8192, 4, 0): {1: Integer(16, 4, 1, 2)},
     },
 }
 
@@ -190,33 +222,52 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def read(path: Path) -> dict[str, dict[Layer, dict[int, tuple[int, ...]]]]:
-    """A file of ``tune``: a list of objects with the keys gpu, rows, columns, bits, residual_bits, tokens and schedule."""
-    table: dict[str, dict[Layer, dict[int, tuple[int, ...]]]] = {}
+def entry_of(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as files hold it: the name of its kind, and its fields in order."""
+    return dict(kind=_NAMES[type(schedule)], schedule=list(schedule))
+
+
+def _schedule_of(entry: dict[str, Any]) -> Schedule:
+    """What ``entry_of`` made a part of the entry; checks it, and that it serves the entry's layer and tokens."""
+    name, values, tokens = entry.get("kind"), entry["schedule"], int(entry["tokens"])
+    if not isinstance(name, str) or name not in _KINDS:
+        raise ValueError(f"{entry}: a kind is one of {', '.join(_KINDS)}")
+    kind = _KINDS[name]
+    if not isinstance(values, list) or len(values) != len(kind._fields) or not all(map(_is_value, kind._fields, values)):
+        limits = "".join(f"; {field} one of {_VALUES[field]}" for field in kind._fields if field in _VALUES)
+        rule = f"[{', '.join(kind._fields)}], positive integers{limits}"
+        raise ValueError(f"{entry}: a schedule of the kind {name} is {rule}")
+    if tokens not in TOKENS:
+        raise ValueError(f"{entry}: tokens are one of {TOKENS}")
+    if tokens > _MOST_OF_KIND.get(kind, tokens):
+        raise ValueError(f"{entry}: tokens of the kind {name} are at most {_MOST_OF_KIND[kind]}")
+    if kind is Integer and int(entry["residual_bits"]):
+        raise ValueError(f"{entry}: the kind {name} is for layers without a residual")
+    return kind(*values)
+
+
+def _is_value(field: str, value: object) -> bool:
+    return type(value) is int and (value in _VALUES[field] if field in _VALUES else value > 0)
+
+
+def read(path: Path) -> Table:
+    """A file of ``tune``: a list of objects with the keys gpu, rows, columns, bits, residual_bits, tokens, kind (rotating,
+    slices, integer, streamk or splitk) and schedule (the fields of that kind, in order)."""
+    table: Table = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8")):
             layer = (int(entry["rows"]), int(entry["columns"]), int(entry["bits"]), int(entry["residual_bits"]))
-            schedule = tuple(int(value) for value in entry["schedule"])
-            tokens = int(entry["tokens"])
-            if tokens not in TOKENS or len(schedule) not in _KINDS or min(schedule) < 1:
-                raise ValueError(f"{entry}: tokens must be one of {TOKENS}, a schedule 1 to 5 positive integers")
-            if tokens > _MOST_OF_KIND.get(len(schedule), tokens):
-                raise ValueError(
-                    f"{entry}: one integer is for 1 token, two are for at most {MOST_TOKENS}, four for at most {FEW_TOKENS}"
-                )
-            if _KINDS[len(schedule)] is Integer and layer[3]:
-                raise ValueError(f"{entry}: four integers are for layers without a residual")
-            table.setdefault(str(entry["gpu"]), {}).setdefault(layer, {})[int(entry["tokens"])] = schedule
+            table.setdefault(str(entry["gpu"]), {}).setdefault(layer, {})[int(entry["tokens"])] = _schedule_of(entry)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(
-            f"{path} ({ENVIRONMENT}) is no file of schedules: {error!r}. Write it with `turboquant-weights tune`, "
+            f"{path} ({ENVIRONMENT}) is no file of schedules: {error!r}. Write a new one with `turboquant-weights tune`, "
             "or unset the variable"
         ) from error
     return table
 
 
 @functools.cache
-def _own_table() -> dict[str, dict[Layer, dict[int, tuple[int, ...]]]]:
+def _own_table() -> Table:
     path = os.environ.get(ENVIRONMENT)
     return read(Path(path)) if path else {}
 
@@ -239,11 +290,9 @@ def choose(
         at = next((t for t in TOKENS if t >= tokens), 0)
         served_by = (at, MOST_TOKENS) if at == FEW_TOKENS and not are_few else (at,)
         for table, entry_tokens in itertools.product((_own_table(), _TABLE), served_by):
-            entry = table.get(gpu, {}).get((rows, columns, bits, residual_bits), {}).get(entry_tokens)
-            if entry is not None:
-                schedule = _KINDS[len(entry)](*entry)
-                if not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns)):
-                    return schedule
+            schedule = table.get(gpu, {}).get((rows, columns, bits, residual_bits), {}).get(entry_tokens)
+            if schedule is not None and (not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns))):
+                return schedule
         if are_few:
             return _few(rows, columns)
         if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
@@ -336,12 +385,13 @@ def _slices(rows: int, columns: int, plain: bool) -> Slices:
     row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
     if not plain and columns > _ROTATING_COLUMNS:
         fitting = [s for s in _SPLITS if row_tiles * 2 * s <= most and s * 4 <= tiles]
-        return Slices(2, max(fitting, default=1))
+        return Slices(SLICE_ROWS, 2, max(fitting, default=1), 0)
     warps = next((w for w in (8, 4) if row_tiles * w <= most), 2 if plain else 4)
     while warps > 1 and warps > tiles:
         warps //= 2
     fitting = [s for s in _SPLITS if s * warps * 2 <= tiles]
-    return Slices(warps, next((s for s in fitting if row_tiles * warps * s >= fewest), max(fitting, default=1)))
+    split = next((s for s in fitting if row_tiles * warps * s >= fewest), max(fitting, default=1))
+    return Slices(SLICE_ROWS, warps, split, 0)
 
 
 def _splitk(tokens: int, rows: int, columns: int) -> SplitK:

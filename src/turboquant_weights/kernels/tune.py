@@ -27,6 +27,7 @@ from .schedule import (
     SplitK,
     StreamK,
     choose,
+    entry_of,
     gpu_name,
     read,
     streamk_stages,
@@ -117,7 +118,7 @@ def candidates(
             for split in _SPLITS:
                 total = -(-rows // SLICE_ROWS) * warps * split
                 if 1000 <= total <= 10_000 and warps * split <= tiles:
-                    out.append(Slices(warps, split))
+                    out.append(Slices(SLICE_ROWS, warps, split, 0))
     if warp_groups and (tokens > 1 or residual_bits):
         block_m = min(256, max(16, triton.next_power_of_2(tokens)))
         for tile in ((block_m, 2), (max(16, block_m // 2), 2), (min(block_m, 128), 3)):
@@ -175,6 +176,6 @@ def tune_file(
             best, microseconds = tune(count, rows, columns, bits, residual_bits, planes)
             key = dict(gpu=gpu, rows=rows, columns=columns, bits=bits, residual_bits=residual_bits, tokens=count)
             entries = [entry for entry in entries if any(entry[name] != value for name, value in key.items())]
-            entries.append(dict(key, schedule=list(best)))
+            entries.append(key | entry_of(best))
             path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")
             yield f"{rows} x {columns}, {count} tokens: {microseconds:.1f} us with {best}"
