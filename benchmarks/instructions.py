@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, few, integer, rotating, slices, splitk
+from turboquant_weights.kernels import decode, few, integer, ring, rotating, slices, splitk
 
 WIDTHS = ((2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4))
 POINTERS = dict(
@@ -27,10 +27,12 @@ POINTERS = dict(
 )  # fmt: skip
 # Kernel, its tile, and the weights that a thread decodes in a turn of its loop.
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "1 token, integers": (integer.integer_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, REDUCE=True), 2 * 16 * 128 // 32),
-    "2 to 4, integers": (few.few_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, WORDS=True, REDUCE=True), 2 * 16 * 128 // 32),
+    "1 token, integers": (integer.integer_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, REDUCE=True), 16 * 128 // 32),
+    "2 to 4, integers": (few.few_kernel, dict(ROWS=16, WARPS=2, AHEAD=2, REDUCE=True), 16 * 128 // 32),
     "1 token": (rotating.rotating_kernel, dict(ROWS=16, WARPS=4), 2 * 16 * 128 // 32),
-    "2 to 8": (slices.slices_kernel, dict(ROWS=16, WARPS=4, REDUCE=True), 2 * 16 * 128 // 32),
+    "2 to 8": (slices.slices_kernel, dict(ROWS=16, WARPS=4, LOOKUP=0, REDUCE=True), 2 * 16 * 128 // 32),
+    "2 to 8, half looked up": (slices.slices_kernel, dict(ROWS=16, WARPS=4, LOOKUP=1, REDUCE=True), 2 * 16 * 128 // 32),
+    "2 to 8, looked up": (slices.slices_kernel, dict(ROWS=16, WARPS=4, LOOKUP=2, REDUCE=True), 2 * 16 * 128 // 32),
     "9 to 16": (splitk.splitk_kernel, dict(BLOCK_M=16, BLOCK_N=64, STAGES=1, REDUCE=True), 64 * 128 // 128),
 }
 
@@ -93,7 +95,14 @@ def main() -> None:
                 cells.append("")
                 continue
             pointers = POINTERS | dict(x="*bf16") if name == "1 token" else POINTERS
-            lines, registers = machine_code(kernel, tile | planes | dict(TAIL=False, HAS_BIAS=True, PDL=True), pointers)
+            options = tile | planes | dict(TAIL=False, HAS_BIAS=True, PDL=True)
+            if looked_up := tile.get("LOOKUP"):
+                pointers = POINTERS | dict(levels="*i32")
+                options |= dict(ASSEMBLY=decode.lookup_assembly(bits, residual_bits, looked_up))
+            if "integers" in name:
+                way = ring.ring(bits, tile["ROWS"], tile["WARPS"], tile["AHEAD"])
+                options |= dict(ALLOCATION=way.allocation, COPYING=way.copying, WAITING=way.waiting)
+            lines, registers = machine_code(kernel, options, pointers)
             cells.append(f"{longest_loop(lines) / weights:.2f} ({registers})")
         print("| " + " | ".join(cells) + " |", flush=True)
 

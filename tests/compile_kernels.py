@@ -3,14 +3,29 @@
 Triton's interpreter must be off, so test_kernels.py runs it as a process of its own.
 """
 
+import json
+import re
 import subprocess
 import sys
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_weights.kernels import decode, dequantize, feedback, few, integer, prefill, rotate, rotating, slices, splitk
+from turboquant_weights.kernels import (
+    decode,
+    dequantize,
+    feedback,
+    few,
+    integer,
+    prefill,
+    ring,
+    rotate,
+    rotating,
+    slices,
+    splitk,
+)
 from turboquant_weights.kernels.schedule import _ROTATION_BYTES, StreamK, bytes_tile, streamk_stages
 
 POINTERS = dict(
@@ -99,19 +114,67 @@ def check_prefill(capability: int, pdl: bool) -> None:
     assert kernel.metadata.shared <= (227 if capability == 90 else 99) << 10
 
 
+def way(bits: int, rows: int, warps: int) -> dict[str, object]:
+    strings = ring.ring(bits, rows, warps, 2)
+    return dict(AHEAD=2, ALLOCATION=strings.allocation, COPYING=strings.copying, WAITING=strings.waiting)
+
+
+def bases(layout: str, shape: list[int]) -> dict[str, list[list[int]]]:
+    """Of a linear layout, or of a blocked one as a linear one: where each bit of a register, lane or warp leads."""
+    names = ("register", "lane", "warp")
+    if "linear" in layout:
+        return {name: json.loads(re.search(rf"{name} = (\[[\[\], \d]*\])", layout)[1]) for name in names}
+    sizes = [json.loads(numbers) for numbers in re.findall(r"\[[^\]]*\]", layout)]  # per thread, of threads, of warps, order
+    done, found = [1] * len(shape), {}
+    for name, size in zip(names, sizes, strict=False):
+        found[name] = []
+        for dim in sizes[3]:
+            for bit in range(size[dim].bit_length() - 1):
+                base = [0] * len(shape)
+                base[dim] = done[dim] << bit
+                found[name].append(base if base[dim] < shape[dim] else [0] * len(shape))
+            done[dim] *= size[dim]
+    return found
+
+
+def check_ring(kernel: Any, warps: int) -> None:
+    ttgir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    # Nothing but layouts says that a warp reads what it copied itself, which nobody else waits for.
+    touching = re.findall(r"(cp\.async\.c|ld\.shared\.\w+).*-> tensor<([\dx]+)xi32, (#\w+)>", ttgir)
+    assert {what for what, _, _ in touching} > {"cp.async.c"}
+    for what, sizes, name in touching:
+        shape = [int(size) for size in sizes.split("x")]
+        words = shape[-1] // (32 * warps) if len(shape) == 2 else 1
+
+        def owner(place: list[int], words: int = words) -> int:
+            return place[-1] // (32 * words) % warps
+
+        found = bases(layouts[name], shape)
+        assert [owner(place) for place in found["warp"]] == [1 << i for i in range(len(found["warp"]))], (
+            what,
+            layouts[name],
+        )
+        assert not any(owner(place) for place in found["lane"] + found["register"]), (what, layouts[name])
+        if what == "ld.shared.v2":  # the second word is in the register after the first one
+            assert found["register"][0] == [0, 1], layouts[name]
+    # In a turn: wait, for the whole warp, then copy into the place that it has read before, then read.
+    turn = ptx.index("cp.async.wait_group 1; bar.warp.sync 0xffffffff;")
+    assert ptx.count("cp.async.wait_group") == 1
+    assert ptx.index("ld.shared.", turn) > ptx.index("cp.async.commit_group", turn)
+    assert turn < ptx.index("ld.shared.")
+
+
 def check_few(capability: int, pdl: bool) -> None:
-    cases = (4, 16, 0, True), (4, 32, 1, True), (3, 16, 2, False), (3, 16, 1, True), (2, 32, 1, True)
-    for bits, rows, tail, words in cases:
-        options = dict(BITS=bits, ROWS=rows, WARPS=2, AHEAD=2, TAIL=tail, WORDS=words)
-        kernel = build(few.few_kernel, capability, 2, **options, REDUCE=True, HAS_BIAS=True, PDL=pdl)
+    for bits, rows in ((4, 16), (4, 32), (3, 16), (2, 32)):
+        options = dict(BITS=bits, ROWS=rows, WARPS=2, REDUCE=True, HAS_BIAS=True, PDL=pdl)
+        kernel = build(few.few_kernel, capability, 2, **options, **way(bits, rows, 2))
         assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
-        assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+        assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread decodes what it copied
         assert kernel.metadata.shared <= 4096
-        # As above: no byte is taken out of its word. Scales that are not words are put together from bytes.
-        lookups = {2: 48, 3: 32, 4: 64}[bits] * rows // 16
-        assert kernel.asm["ptx"].count("prmt.b32") == lookups or not words
-        # A load brings all words of a thread and row, of 3 bits one of them, for two tiles and the two after them.
-        assert kernel.asm["ptx"].count("L1::evict_first") == 4 * rows // 8 * (3 if bits == 3 else 1)
+        check_ring(kernel, 2)
+        # As above: no byte is taken out of its word.
+        assert kernel.asm["ptx"].count("prmt.b32") == {2: 24, 3: 16, 4: 32}[bits] * rows // 16
     pointers = POINTERS | dict(x="*bf16", out="*fp16")
     build(few.rotate_few_kernel, capability, 4, pointers, TILES=few.FEW_TILES, PDL=pdl)
 
@@ -133,10 +196,13 @@ def main(capability: int) -> None:
             kernel = build(splitk.splitk_kernel, capability, 4, **planes, **tile, **common)
             assert ("wgmma" if pdl else "mma.sync") in kernel.asm["ptx"]
         few = dict(planes, ROWS=16, WARPS=4, TAIL=True)
-        kernel = build(slices.slices_kernel, capability, 4, **few, **common)
-        assert "mma.sync" in kernel.asm["ptx"]
-        assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
-        assert kernel.metadata.shared <= 4096  # and nothing but sums crosses shared memory
+        for words in (0, 1, 2) if (bits, residual_bits) in ((4, 0), (4, 4), (3, 2)) else (0,):
+            decoder = decode.lookup_assembly(bits, residual_bits, words) if words else planes["ASSEMBLY"]
+            options = few | dict(ASSEMBLY=decoder, LOOKUP=words > 0)
+            kernel = build(slices.slices_kernel, capability, 4, POINTERS | dict(levels="*i32"), **options, **common)
+            assert "mma.sync" in kernel.asm["ptx"]
+            assert "ttg.local_load" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+            assert kernel.metadata.shared <= 4096  # and nothing but sums crosses shared memory
         one = dict(few, PDL=pdl)
         raw = POINTERS | dict(x="*bf16", experts="*i64")
         for function, options in ((rotating.rotating_kernel, dict(HAS_BIAS=True)), (rotating.routed_kernel, {})):
@@ -149,14 +215,14 @@ def main(capability: int) -> None:
         assert "ttg.local_" not in kernel.asm["ttgir"]  # a thread writes what it has read
         build(dequantize.dequantize_kernel, capability, 4, **planes, PDL=pdl)
     for bits, tail in ((4, True), (4, False), (3, True), (2, True)):
-        options = dict(BITS=bits, ROWS=16, WARPS=2, AHEAD=2, TAIL=tail, REDUCE=True, HAS_BIAS=True, PDL=pdl)
-        kernel = build(integer.integer_kernel, capability, 2, **options)
+        options = dict(BITS=bits, ROWS=16, WARPS=2, TAIL=tail, REDUCE=True, HAS_BIAS=True, PDL=pdl)
+        kernel = build(integer.integer_kernel, capability, 2, **options, **way(bits, 16, 2))
         assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
-        assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread loads what it decodes
+        assert "ttg.local_" not in kernel.asm["ttgir"]  # every thread decodes what it copied
         assert kernel.metadata.shared <= 4096
-        # Two tiles of eight words, four lookups each, and few for the rest: no byte is taken out of its word. Two bits are
-        # widened by one more.
-        assert kernel.asm["ptx"].count("prmt.b32") == (80 if bits == 2 else 64)
+        check_ring(kernel, 2)
+        # A tile of eight words, four lookups each: no byte is taken out of its word. Two bits are widened by one more.
+        assert kernel.asm["ptx"].count("prmt.b32") == (40 if bits == 2 else 32)
     check_few(capability, pdl)
     activations = POINTERS | dict(x="*bf16")
     build(integer.rotate_bytes_kernel, capability, 4, activations | dict(out="*fp16"), TILES=16, PDL=pdl)

@@ -1,5 +1,6 @@
 """Just enough PTX to run this package's inline assembly on the CPU, one register at a time, inside Triton's interpreter."""
 
+import ctypes
 import re
 
 import numpy as np
@@ -51,6 +52,56 @@ def _float(word):
     return word.view(np.float32)
 
 
+class _Shared:
+    """Static shared memory of the program that runs, as `cp.async` sees it: copies are there once they were waited for."""
+
+    def __init__(self):
+        self.data = np.zeros(0, np.uint8)
+        self.groups = [[]]
+
+    def allocate(self, size):
+        self.data = np.full(size, 0xA5, np.uint8)
+        self.groups = [[]]
+
+    def send(self, place, address, count, live):
+        for i in np.flatnonzero(live):
+            self.data[int(place[i]) :][:count] = 0xA5  # who has not read what was there is late
+            self.groups[-1].append((int(place[i]), ctypes.string_at(int(address[i]), count)))
+
+    def wait(self, pending):
+        """The last group is open."""
+        keep = len(self.groups) - 1 - pending
+        for group in self.groups[: max(keep, 0)]:
+            for place, content in group:
+                self.data[place : place + len(content)] = np.frombuffer(content, np.uint8)
+        self.groups = self.groups[max(keep, 0) :]
+
+    def load(self, address, count):
+        return self.data[address[:, None].astype(np.int64) + np.arange(count)]
+
+
+SHARED = _Shared()
+
+
+def _copy(statement, registers):
+    """Of the ring: ``@p cp.async.cg.shared.global [$1 + 16], [a + 0], 16``."""
+    predicate, place, offset, address, more, count = re.fullmatch(
+        r"@(\w+) cp\.async\.c[ag]\.shared\.global \[(\$\d+)(?: \+ (\d+))?\], \[(\$?\w+)(?: \+ (\d+))?\], (\d+)", statement
+    ).groups()
+    place, address = registers[place] + np.uint32(offset or 0), registers[address] + np.uint64(more or 0)
+    SHARED.send(place, address, int(count), registers[predicate])
+
+
+def _load(statement, registers):
+    kind, targets, address = re.fullmatch(r"ld\.shared\.(v2\.b32|b32|u8) ([^\[]*), \[(\$?\w+)\]", statement).groups()
+    targets = [target.strip() for target in targets.split(",")]
+    width = 1 if kind == "u8" else 4
+    data = SHARED.load(registers[address], width * len(targets))
+    for i, target in enumerate(targets):
+        part = np.ascontiguousarray(data[:, width * i : width * (i + 1)])
+        registers[target] = part.view(np.uint8 if width == 1 else np.uint32)[:, 0].astype(np.uint32)
+
+
 OPERATIONS = {
     "mov": lambda a: a,
     "and": lambda a, b: a & b,
@@ -66,7 +117,9 @@ OPERATIONS = {
     "shf.r.wrap": lambda low, high, shift: ((low | high.astype(np.uint64) << 32) >> (shift & 31)).astype(np.uint32),
     "shfl.sync.up": lambda a, by, clamp, mask: np.where(np.arange(len(a)) % 32 < by, a, np.roll(a, int(by[0]))),
     "shfl.sync.bfly": lambda a, mask, clamp, members: a[np.arange(len(a)) ^ mask],
+    "add.s64": lambda a, b: a + b,
     "setp.eq": lambda a, b: a == b,
+    "setp.gt.s32": lambda a, b: a.astype(np.int32) > b.astype(np.int32),
     "selp": lambda a, b, predicate: np.where(predicate, a, b),
     "prmt": _prmt,
     "add.rn.f16x2": lambda a, b: _word(_half(a) + _half(b)),
@@ -85,7 +138,8 @@ def run(assembly: str, results: int, operands: list[np.ndarray], shared: np.ndar
     """Executes ``assembly`` with uint32 ``operands`` as $results, ...; returns $0 .. $results-1. ``shared``: the words of
     shared memory."""
     registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
-    registers["%laneid"] = (np.arange(operands[0].size) % 32).astype(np.uint32)
+    lanes = operands[0].size if operands else 1
+    registers["%laneid"] = (np.arange(lanes) % 32).astype(np.uint32)
     text = re.sub(r"//[^\n]*|[{}]", "", assembly)
     for statement in text.split(";"):
         words = statement.strip().replace(",", " ").split()
@@ -94,7 +148,27 @@ def run(assembly: str, results: int, operands: list[np.ndarray], shared: np.ndar
         if words[0] == "mov.b32" and len(words) == 4:  # {low, high}, pair
             registers[words[1]], registers[words[2]] = registers[words[3]] & 0xFFFF, registers[words[3]] >> 16
             continue
+        if words[0] == ".shared":
+            name, size = re.search(r"(\w+)\[(\d+)\]", statement).groups()
+            SHARED.allocate(int(size))
+            registers[name] = np.zeros(1, np.uint32)
+            continue
+        if words[0] == "@p":
+            _copy(statement.strip(), registers)
+            continue
+        if words[0] == "cp.async.commit_group":
+            SHARED.groups.append([])
+            continue
+        if words[0] == "cp.async.wait_group":
+            SHARED.wait(int(words[1]))
+            continue
+        if words[0] == "bar.warp.sync":
+            continue
+        if words[0].startswith("ld.shared") and shared is None:
+            _load(statement.strip(), registers)
+            continue
         if words[0].startswith(("ld.shared.b32", "st.shared.v4.b32")):
+            shared = SHARED.data.view(np.uint32) if shared is None else shared
             address, offset = re.search(r"\[(\w+)(?: \+ (\d+))?\]", statement).groups()
             at = (registers[address] + np.uint32(offset or 0)) // 4
             if words[0].startswith("ld"):
@@ -104,7 +178,7 @@ def run(assembly: str, results: int, operands: list[np.ndarray], shared: np.ndar
                     shared[at + i] = registers[word]
             continue
         name = next(known for known in OPERATIONS if words[0].startswith(known))
-        arguments = [registers[w] if w in registers else np.full_like(operands[0], int(w, 0)) for w in words[2:]]
+        arguments = [registers[w] if w in registers else np.full(lanes, int(w, 0), np.uint32) for w in words[2:]]
         registers[words[1]] = OPERATIONS[name](*arguments)
     return [registers[f"${i}"] for i in range(results)]
 
@@ -114,12 +188,15 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, **_):
     asm, constraints = (getattr(value, "value", value) for value in (asm, constraints))
     shape = next((a.handle.data.shape for a in args if isinstance(a, tl.tensor) and a.handle.data.size > 1), ())
     operands = []
+    kinds = [kind for kind in constraints.split(",") if "=" not in kind]
     for argument in args:
         data = np.asarray(argument.handle.data if isinstance(argument, tl.tensor) else argument)
         data = np.broadcast_to(data, shape) if shape else data
         data = np.ascontiguousarray(data).reshape(-1)
         if data.dtype.itemsize == 1:
             operands.append(data.view(np.uint32))
+        elif kinds[len(operands)] == "l":
+            operands.append(data.astype(np.int64).view(np.uint64))
         else:
             words = data.astype(np.int64).astype(np.uint32).reshape(-1, pack)
             operands += [words[:, i] for i in range(pack)]

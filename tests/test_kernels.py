@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from ptx_emulator import inline_asm_elementwise, run
+from ptx_emulator import SHARED, inline_asm_elementwise, run
 
 from turboquant_weights.errors import QuantizationError, ScheduleError
 from turboquant_weights.kernels import decode, few, integer, schedule
@@ -166,23 +166,23 @@ def fields(words, bits):
     return sum(stream[i::bits] << np.uint32(i) for i in range(bits)).astype(np.uint32)
 
 
+@pytest.mark.parametrize("rows_of_a_thread", [1, 2, 4])
 @pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
-def test_a_table_in_shared_memory_has_every_word_32_times(bits, residual_bits):
-    streamk = pytest.importorskip("turboquant_weights.kernels.streamk")
+def test_a_table_in_shared_memory_has_every_word_32_times(bits, residual_bits, rows_of_a_thread):
     words = np.array(decode.lookup_words(bits, residual_bits)).astype(np.uint32)
     start = 128
     shared = np.zeros(start // 4 + decode.TABLE_BYTES // 4 + 32, np.uint32)
-    thread = np.arange(128, dtype=np.uint32)
-    run(streamk._FILL.value, 1, [words[::2].copy(), words[1::2].copy(), np.full_like(thread, start), thread], shared)
+    row = np.arange(256, dtype=np.uint32)
+    run(decode.FILL_TABLE.value, 1, [words, row, row // rows_of_a_thread, np.full_like(row, start)], shared)
     assert np.array_equal(shared[32:-32].reshape(256, 32), np.repeat(words[:, None], 32, 1))
     assert not shared[:32].any()
     assert not shared[-32:].any()
 
 
 @needs_interpreter
-@pytest.mark.parametrize("looks_up", [False, True])
+@pytest.mark.parametrize("looked_up", [0, 1, 2])
 @pytest.mark.parametrize(("bits", "residual_bits"), COMBINATIONS)
-def test_assembly_decodes_the_codebook_exactly(bits, residual_bits, looks_up):
+def test_assembly_decodes_the_codebook_exactly(bits, residual_bits, looked_up):
     random = np.random.default_rng(0)
     above = 4 if residual_bits == 0 else bits  # without a residual anything may stand above a code
     words = [nibbles(random.integers(0, 2**above, (8, 4099), dtype=np.uint32)) for _ in range(2)]
@@ -191,8 +191,8 @@ def test_assembly_decodes_the_codebook_exactly(bits, residual_bits, looks_up):
     operands = words + (packed_rests if residual_bits else []) + [np.full_like(words[0], 0x3C003C00)] * 2
     order: tuple[int, ...] = (0, 2, 1, 3, 4, 6, 5, 7)
     assembly, shared = decode.assembly(bits, residual_bits), None
-    if looks_up:
-        assembly = decode.lookup_assembly(bits, residual_bits)
+    if looked_up:
+        assembly = decode.lookup_assembly(bits, residual_bits, looked_up)
         order = order if residual_bits else tuple(range(8))
         lane = (np.arange(words[0].size) % 32).astype(np.uint32)
         own = np.array(decode.lookup_words(bits, residual_bits)).astype(np.uint32)
@@ -299,6 +299,7 @@ def test_every_schedule_gives_the_result(chosen, k):
     [
         *itertools.product((SplitK(32, 64, 2, 3, 4), Slices(16, 2, 1, 0), Rotating(1)), [*USUAL, (2, 1), (3, 3)]),
         *itertools.product((SplitK(16, 64, 1, 1, 4), Slices(32, 4, 3, 0), Rotating(4)), [(3, 0), (4, 0), (4, 3), (4, 4)]),
+        *itertools.product((Slices(16, 4, 1, 1), Slices(32, 2, 2, 2)), [(2, 0), (4, 0), (3, 2), (4, 4)]),
     ],
 )
 def test_every_schedule_on_the_assembly_path(chosen, planes, assembly_on_cpu):
@@ -314,7 +315,7 @@ INTEGERS = [Integer(16, 2, 1, 2), Integer(16, 4, 1, 2), Integer(32, 2, 2, 2), In
 @pytest.mark.parametrize("chosen", INTEGERS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("n", "k", "group_size"), [(67, 1024, 128), (33, 896, 64), (40, 288, 32), (16, 32, 128), (65, 100, 64)]
+    ("n", "k", "group_size"), [(67, 1024, 128), (33, 896, 64), (40, 384, 32), (16, 128, 128), (65, 100, 64)]
 )
 def test_integers(n, k, group_size, bits, chosen, assembly_on_cpu):
     """Whole turns, a missing turn, missing parts of a tile and of a scale."""
@@ -354,7 +355,7 @@ def test_scales_of_a_word():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     ("n", "k", "group_size", "m"),
-    [(67, 1024, 128, 4), (33, 896, 64, 2), (40, 288, 32, 3), (16, 32, 128, 3), (65, 100, 64, 4)],
+    [(67, 1024, 128, 4), (33, 896, 64, 2), (40, 384, 32, 3), (16, 128, 128, 3), (65, 100, 64, 4)],
 )
 def test_integers_for_few_tokens(n, k, group_size, m, bits, chosen, assembly_on_cpu):
     """Whole turns, a missing turn, missing parts of a tile and of a scale; scales that are words and others."""
@@ -395,49 +396,53 @@ def test_integers_for_tokens_that_differ_by_any_factor(m, assembly_on_cpu):
 
 @needs_interpreter
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("k", [1152, 800])
-def test_few_tokens_read_nothing_around_the_planes(k, bits, assembly_on_cpu, monkeypatch):
-    """Whatever is beyond the end is multiplied by zero, so no result tells."""
-    packed, _ = layer(33, k, bits, 0)
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_ring_copies_the_planes_once_and_nothing_else(m, bits, assembly_on_cpu, monkeypatch):
+    """Whatever is beyond the end is multiplied by zero or not stored, so no result tells."""
+    n, k = 33, 1152
+    packed, _ = layer(n, k, bits, 0)
     guarded = {name: torch.zeros(getattr(packed, name).nbytes + 8192, dtype=torch.uint8) for name in ("codes", "scales")}
     planes = {name: room[4096:-4096].view_as(getattr(packed, name)) for name, room in guarded.items()}
     for name, plane in planes.items():
         plane.copy_(getattr(packed, name))
-    load, reads = interpreter.InterpreterBuilder.create_masked_load, []
+    send, copied = SHARED.send, {name: np.zeros(room.nbytes, int) for name, room in guarded.items()}
 
-    def watched(self, ptrs, mask, *rest):
-        for name, room in guarded.items():
-            inside = (ptrs.data - np.uint64(room.data_ptr()))[mask.data.astype(bool)]
-            inside = inside[inside < room.nbytes].astype(np.int64)  # smaller addresses have wrapped around
-            assert ((inside >= 4096) & (inside < room.nbytes - 4096)).all(), name
-            reads.append(len(inside))
-        return load(self, ptrs, mask, *rest)
+    def watched(place, address, count, live):
+        for at in address[live].astype(np.int64):
+            name = next(name for name, room in guarded.items() if 0 <= at - room.data_ptr() < room.nbytes)
+            copied[name][at - guarded[name].data_ptr() :][:count] += 1
+        send(place, address, count, live)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
-    layout, (x, bias) = dict(bits=bits, residual_bits=0, group_size=128, seed=0), inputs(4, 33, k)
-    for chosen in (Integer(16, 2, 1, 2), Integer(16, 4, 2, 3)):
-        got = scheduled(chosen)(x, packed._replace(**planes), bias, k, **layout)
+    layout, (x, bias) = dict(bits=bits, residual_bits=0, group_size=128, seed=0), inputs(m, n, k)
+    for chosen in (Integer(16, 2, 1, 2), Integer(32, 4, 2, 3), Integer(16, 1, 4, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(SHARED, "send", watched)
+            got = scheduled(chosen)(x, packed._replace(**planes), bias, k, **layout)
         assert torch.equal(got, scheduled(chosen)(x, packed, bias, k, **layout))
-    assert sum(reads) > 0
+        for name, times in copied.items():
+            assert (times[4096:-4096] == 1).all(), name
+            assert not times[:4096].any()
+            assert not times[-4096:].any()
+            times[:] = 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 8, 1, 2), Integer(16, 4, 3, 3)])
+@pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 4, 1, 2), Integer(16, 4, 3, 3)])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_integers_for_few_tokens_on_a_gpu(dtype, bits, chosen):
-    for n, k, m in ((67, 2048, 4), (33, 896, 2), (40, 288, 3), (16, 32, 4), (65, 100, 3), (4608, 3584, 2), (4608, 3584, 4)):
+    for n, k, m in ((67, 2048, 4), (33, 896, 2), (40, 384, 3), (16, 128, 4), (65, 100, 3), (4608, 3584, 2), (4608, 3584, 4)):
         check(*inputs(m, n, k, dtype), n, k, bits, 0, function=scheduled(chosen))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 8, 1, 2), Integer(16, 2, 6, 4)])
+@pytest.mark.parametrize("chosen", [*INTEGERS, Integer(32, 4, 1, 2), Integer(16, 2, 6, 4)])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_integers_on_a_gpu(dtype, bits, chosen):
-    for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32), (65, 100), (4608, 3584)):
+    for n, k in ((67, 2048), (33, 896), (40, 384), (16, 128), (65, 100), (4608, 3584)):
         check(*inputs(1, n, k, dtype), n, k, bits, 0, function=scheduled(chosen))
 
 
@@ -603,8 +608,14 @@ def test_rotating_on_a_gpu(dtype, chosen, bits, residual_bits):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("bits", "residual_bits"), [*USUAL, (2, 1), (3, 3)])
-@pytest.mark.parametrize("chosen", [Slices(16, 2, 1, 0), Slices(16, 4, 3, 0), Slices(16, 8, 2, 0), Slices(16, 1, 1, 0)])
-@pytest.mark.parametrize("m", [1, 2, 7, 8])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(Slices(16, 2, 1, 0), Slices(16, 4, 3, 0), Slices(16, 8, 2, 0), Slices(16, 1, 1, 0), Slices(32, 4, 2, 0)),
+        *(Slices(16, 4, 1, 1), Slices(32, 4, 2, 1), Slices(16, 2, 1, 2), Slices(32, 4, 1, 2), Slices(16, 8, 1, 2)),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 7, 8])
 def test_slices_on_a_gpu(m, chosen, bits, residual_bits):
     for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32)):
         check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(chosen))
@@ -766,7 +777,9 @@ def test_a_bias_on_another_device_is_an_error():
 
 
 ENTRY = dict(gpu="some GPU", rows=4096, columns=4096, bits=4, residual_bits=0, tokens=8)
-SLICES_RULE = r"\[rows, warps, split, looked_up\], positive integers; rows one of \(16, 32\); looked_up one of \(0, 1, 2\)"
+SLICES_RULE = (
+    r"\[rows, warps, split, looked_up\], positive integers; rows one of \(16, 32\); warps .*; looked_up one of \(0, 1, 2\)"
+)
 KINDS = [Rotating(8), Slices(32, 8, 1, 2), Integer(16, 2, 1, 2), StreamK(64, 2, 2), SplitK(16, 64, 8, 1, 4)]
 
 
@@ -809,7 +822,7 @@ def test_the_table_obeys_the_rules_of_files(tmp_path):
         (dict(kind=None), "a kind is one of rotating, slices, integer, streamk, splitk"),
         (dict(kind="slice"), "a kind is one of rotating, slices, integer, streamk, splitk"),
         (dict(kind=["slices"]), "a kind is one of rotating, slices, integer, streamk, splitk"),
-        (dict(kind="rotating", tokens=1), r"a schedule of the kind rotating is \[warps\], positive integers\W*Write"),
+        (dict(kind="rotating", tokens=1), r"the kind rotating is \[warps\], positive integers; warps one of .*Write"),
         (dict(kind="splitk"), r"\[block_m, block_n, split, stages, warps\]"),
         *((dict(schedule=fields), SLICES_RULE) for fields in (
             8, [], [8, 1], [16, 8, 1, 0, 1], [0, 8, 1, 0], [8, 8, 1, 0], [16, 0, 1, 0], [16, 8, 0, 0], [16, 8, -1, 0],
@@ -817,6 +830,9 @@ def test_the_table_obeys_the_rules_of_files(tmp_path):
         )),
         (dict(kind="integer", schedule=[16, 2, 1, 0], tokens=4), r"a schedule of the kind integer is \["),
         (dict(kind="integer", schedule=[16, 2, 1, 2], tokens=4, residual_bits=4), "integer is for .* without a residual"),
+        (dict(kind="integer", schedule=[32, 8, 1, 2], tokens=4), "more than 49152 bytes of shared memory"),
+        (dict(kind="integer", schedule=[16, 2, 1, 2], tokens=4, columns=4128), "a multiple of 128 columns"),
+        (dict(kind="integer", schedule=[16, 3, 1, 2], tokens=4), r"warps one of \(1, 2, 4, 8\)"),
         (dict(tokens=7), r"tokens are one of \(1, 4, 8"),
         (dict(tokens=16), "tokens of the kind slices are at most 8"),
     ],
@@ -950,23 +966,46 @@ def test_heuristic_for_warp_groups_covers_everything():
                     assert tokens <= 256
 
 
-@pytest.mark.parametrize("tokens", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("rows", "columns", "wanted"),
+    ("rows", "columns", "one", "few"),
     [
-        (18944, 3584, Integer(16, 2, 1, 2)),
-        (3584, 18944, Integer(32, 4, 4, 2)),
-        (37888, 3584, Integer(32, 4, 1, 2)),
-        (8192, 8192, Integer(32, 2, 4, 2)),
+        (18944, 3584, Integer(16, 2, 1, 2), Integer(16, 2, 1, 2)),
+        (3584, 18944, Integer(16, 4, 3, 2), Integer(16, 4, 4, 2)),
+        (37888, 3584, Integer(16, 4, 1, 2), Integer(16, 4, 1, 2)),
+        (8192, 8192, Integer(16, 4, 1, 2), Integer(16, 4, 1, 2)),
+        (4608, 3584, Integer(16, 4, 1, 2), Integer(16, 4, 1, 2)),
+        (4096, 4096, Rotating(8), Integer(16, 4, 1, 2)),
+        (2048, 8192, Rotating(8), Integer(16, 4, 2, 2)),
     ],
 )
-def test_large_layers_get_integers_for_few_tokens(rows, columns, wanted, tokens):
-    """Those that were the fastest on an H200, whatever else could serve the layer."""
+def test_large_layers_get_integers_for_few_tokens(rows, columns, one, few):
+    """Those that were the fastest on an H200, or nearly, whatever else could serve the layer."""
     for bits, warp_groups in itertools.product((2, 3, 4), (False, True)):
-        assert choose("none", tokens, rows, columns, bits, 0, warp_groups) == wanted
-        others = (tokens, 0, rows // 8), (tokens, None, rows), (tokens, 4, rows), (5, 0, rows), (8, 0, rows)
+        assert choose("none", 1, rows, columns, bits, 0, warp_groups) == one
+        assert all(choose("none", tokens, rows, columns, bits, 0, warp_groups) == few for tokens in (2, 3, 4))
+        others = (4, 0, rows // 16), (4, None, rows), (4, 4, rows), (5, 0, rows), (8, 0, rows)
         for count, residual_bits, fewer in others:
             assert not isinstance(choose("none", count, fewer, columns, bits, residual_bits, warp_groups), Integer)
+        # Rings are for whole tiles, and for scales at multiples of a word.
+        for count in (1, 4):
+            assert not isinstance(choose("none", count, rows, columns, bits, 0, warp_groups, whole=False), Integer)
+            assert not isinstance(choose("none", count, rows, columns + 32, bits, 0, warp_groups), Integer)
+
+
+def test_tables_of_levels_are_used_where_they_are_faster():
+    def chosen(tokens, rows, columns, bits=4, residual_bits=0, warp_groups=True):
+        return choose("none", tokens, rows, columns, bits, residual_bits, warp_groups)
+
+    assert chosen(8, 18944, 3584) == Slices(16, 4, 1, 1)
+    assert chosen(8, 37888, 3584) == Slices(16, 4, 1, 0)
+    assert chosen(8, 8192, 8192) == Slices(32, 4, 2, 1)
+    assert chosen(8, 4096, 4096) == Slices(32, 4, 4, 1)
+    assert chosen(1, 18944, 3584, 4, 4) == chosen(1, 8192, 8192, 4, 4) == Slices(16, 4, 1, 2)
+    assert chosen(1, 37888, 3584, 4, 4) == Slices(32, 4, 1, 2)
+    for other in ((9, 18944, 3584), (8, 3584, 18944), (8, 18944, 3584, 3), (8, 18944, 3584, 4, 4), (1, 4096, 4096, 4, 4)):
+        assert getattr(chosen(*other), "looked_up", 0) == 0, other
+    for layer in ((8, 18944, 3584), (8, 8192, 8192), (1, 18944, 3584, 4, 4)):  # GPUs that were not measured
+        assert getattr(chosen(*layer, warp_groups=False), "looked_up", 0) == 0, layer
 
 
 @pytest.mark.parametrize(("tiles", "steps"), [(1, 1), (1, 74), (132, 28), (133, 28), (148, 28), (1184, 28), (9, 4)])
@@ -990,10 +1029,11 @@ def test_own_schedules_come_before_the_table(tmp_path, monkeypatch):
     assert choose("some GPU", 5, 4096, 4096, 3, 0) == choose("another", 5, 4096, 4096, 3, 0)
     assert choose("some GPU", 9, 4096, 4096, 4, 0) == choose("another", 9, 4096, 4096, 4, 0)
     few, large = entry | dict(tokens=4) | schedule.entry_of(Integer(16, 2, 3, 4)), entry | dict(rows=8192, columns=8192)
+    small = entry | dict(rows=2048, columns=2048)
     for entries, schedules in (
-        ([entry], {2: Slices(16, 2, 3, 0), 4: Slices(16, 2, 3, 0), 8: Slices(16, 2, 3, 0)}),
+        ([small], {2: Slices(16, 2, 3, 0), 4: Slices(16, 2, 3, 0), 8: Slices(16, 2, 3, 0)}),
         ([entry, few], {2: Integer(16, 2, 3, 4), 4: Integer(16, 2, 3, 4), 5: Slices(16, 2, 3, 0)}),
-        ([large], {2: Integer(32, 2, 4, 2), 4: Integer(32, 2, 4, 2), 5: Slices(16, 2, 3, 0)}),
+        ([large], {2: Integer(16, 4, 1, 2), 4: Integer(16, 4, 1, 2), 5: Slices(16, 2, 3, 0)}),
         ([large, large | few | dict(rows=8192, columns=8192)], {3: Integer(16, 2, 3, 4), 5: Slices(16, 2, 3, 0)}),
     ):
         path.write_text(json.dumps(entries))

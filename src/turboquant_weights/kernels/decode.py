@@ -14,9 +14,9 @@ scale: 2.75 instructions per weight at 4 bits.
 **b + r bits.** The index of 3 to 8 bits becomes a half by planting it into the mantissa of 1024; the codebook's odd
 polynomial follows in packed FMAs, the arithmetic that defines the levels (codebook.py).
 
-**Table in shared memory** (``streamk.py``). A byte is the number of a word in a table: of two codes, for the levels of two
-neighbouring columns, which is a third order, ``paired_column``; or of an index of b + r bits. It decodes every other word,
-arithmetic the rest.
+**Table in shared memory** (``streamk.py``, ``slices.py``). A byte is the number of a word in a table: of two codes, for the
+levels of two neighbouring columns, which is an order of its own, ``paired_column``; or of an index of b + r bits. It decodes
+every other word, arithmetic the rest, or all of them.
 
 **Other widths than 4.** Eight fields of ``w`` bits become nibbles in three steps that each move the upper half of every
 part up: 0.8 instructions per weight at 3 bits. No vector has three words, so a thread loads those one by one.
@@ -70,6 +70,16 @@ def slice_column(place: int) -> int:
     """
     p, t, h, i1, i0 = place >> 5, (place >> 3) & 3, (place >> 2) & 1, (place >> 1) & 1, place & 1
     return t * 32 + p * 8 + h * 4 + i0 * 2 + i1
+
+
+def paired_slice_column(place: int) -> int:
+    """The column, within its tile of 128, at ``place`` of an activation where ``slices.py`` looks base planes up.
+
+    >>> sorted(map(paired_slice_column, range(128))) == list(range(128))
+    True
+    """
+    p, t, column = place >> 5, (place >> 3) & 3, place & 7
+    return t * 32 + p * 8 + column
 
 
 def _half_bits(value: float) -> int:
@@ -183,34 +193,37 @@ def _index_bytes(codes: str, rest: str, residual_bits: int) -> list[str]:
     ]
 
 
-def _looked_up(residual_bits: int) -> str:
-    """The first of the two words."""
+def _looked_up(residual_bits: int, word: int) -> str:
     lines = ["{ .reg .b32 e, f, o, a, b, c, d;"]
     if residual_bits:
-        lines += _index_bytes("$8", "$10", residual_bits)
+        lines += _index_bytes(f"${8 + word}", f"${10 + word}", residual_bits)
         for pair, (source, byte) in enumerate((("e", 0), ("o", 0), ("e", 2), ("o", 2))):
             for at, level in ((byte, "c"), (byte + 1, "d")):
                 lines.append(f"prmt.b32 a, {source}, 0, 0x444{at}; mad.lo.u32 b, a, $16, $14; ld.shared.b32 {level}, [b];")
-            lines.append(f"prmt.b32 c, c, d, 0x5410; mul.rn.f16x2 ${pair}, c, $12;")
+            lines.append(f"prmt.b32 c, c, d, 0x5410; mul.rn.f16x2 ${4 * word + pair}, c, $12;")
     else:
         for pair in range(4):
-            lines.append(f"prmt.b32 a, $8, 0, 0x444{pair}; mad.lo.u32 b, a, $14, $12; ld.shared.b32 c, [b];")
-            lines.append(f"mul.rn.f16x2 ${pair}, c, $10;")
+            lines.append(f"prmt.b32 a, ${8 + word}, 0, 0x444{pair}; mad.lo.u32 b, a, $14, $12; ld.shared.b32 c, [b];")
+            lines.append(f"mul.rn.f16x2 ${4 * word + pair}, c, $10;")
     return "\n".join([*lines, "}"])
 
 
 @functools.cache
-def lookup_assembly(bits: int, residual_bits: int) -> str:
-    """PTX of a decoder for two words of each plane, widened, that looks up the first one's levels in shared memory
-    (:func:`lookup_words`) and computes the second one's: neither shared memory nor the arithmetic alone would be as fast.
+def lookup_assembly(bits: int, residual_bits: int, words: int = 1) -> str:
+    """PTX of a decoder for two words of each plane, widened, that looks up the levels of the first ``words`` of them in
+    shared memory (:func:`lookup_words`) and computes the other's: often neither alone is as fast as half of each.
 
     The operands are those of :func:`assembly`, but before the tables come the address of this lane's column of the table in
     shared memory, and the bytes from one value of an index byte to the next. Without a residual a register has the weights
     (0, 1), (2, 3), (4, 5), (6, 7) of a word, with one (0, 2), (1, 3), (4, 6), (5, 7).
     """
-    if residual_bits:
-        return f"{_looked_up(residual_bits)}\n{_nested_half(1, bits, residual_bits, '$18')}"
-    return f"{_looked_up(0)}\n{_base_word(1, bits, tables=16, picks=('0x5140', '0x7362'))}"
+    parts = [_looked_up(residual_bits, word) for word in range(words)]
+    for word in range(words, 2):
+        if residual_bits:
+            parts.append(_nested_half(word, bits, residual_bits, "$18"))
+        else:
+            parts.append(_base_word(word, bits, tables=16, picks=("0x5140", "0x7362")))
+    return "\n".join(parts)
 
 
 @functools.cache
@@ -229,6 +242,21 @@ def lookup_words(bits: int, residual_bits: int) -> tuple[int, ...]:
 def lookup_stride(residual_bits: int) -> int:
     """Index bytes are twice as large as an index where a residual of less than 4 bits is."""
     return 64 if 0 < residual_bits < 4 else 128
+
+
+LOOKUP_STRIDES = tl.constexpr(tuple(lookup_stride(residual_bits) for residual_bits in range(5)))
+# Static shared memory: what the compiler allocates it gives no address of, and lookups want one.
+LOOKUP_TABLE = tl.constexpr(f"{{ .shared .align 128 .b8 levels[{TABLE_BYTES}]; mov.u32 $0, levels; }}")
+# The word $1 to row $2 of the table at $4, 32 times. Eight neighbours, by their number $3, write different 16 bytes of their
+# rows at a time: otherwise they would all want the same banks.
+FILL_TABLE = tl.constexpr(
+    "{ .reg .b32 a, b; mad.lo.u32 a, $2, 128, $4; mov.b32 $0, 0;"
+    + "".join(
+        f" add.u32 b, $3, {i}; and.b32 b, b, 7; mad.lo.u32 b, b, 16, a; st.shared.v4.b32 [b], {{$1, $1, $1, $1}};"
+        for i in range(8)
+    )
+    + " }"
+)
 
 
 @functools.cache
@@ -495,19 +523,24 @@ def widen_residual(packed, ROWS: tl.constexpr, THREADS: tl.constexpr, RESIDUAL_B
 @triton.jit
 def decode_words(
     codes, residual, pairs, words, ROWS: tl.constexpr, THREADS: tl.constexpr,
-    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, LOOKUP: tl.constexpr = False,
 ):  # fmt: skip
     """Both planes as they are widened, :func:`scale_pairs` [ROWS, THREADS], :func:`tables` -> half
     [ROWS, THREADS * 4, 2, 2, 2].
 
-    Dimensions: row, (thread, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``.
+    Dimensions: row, (thread, high bit of ``p``, ``i0``), low bit of ``p``, ``h``, ``i1``. LOOKUP: as
+    :func:`decode_looked_up`; without a residual ``i0`` and ``i1`` change places.
     """
     pairs = tl.broadcast_to(tl.expand_dims(pairs, 2), (ROWS, THREADS, 4)).reshape(ROWS, THREADS * 4)
     codes = widen_codes(codes, ROWS, THREADS, BITS, RESIDUAL_BITS > 0)
     refined = codes
     if RESIDUAL_BITS > 0:
         refined = widen_residual(residual, ROWS, THREADS, RESIDUAL_BITS)
-    return decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+    if LOOKUP:
+        weight = decode_looked_up(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+    else:
+        weight = decode_wide(codes, refined, pairs, words, RESIDUAL_BITS, ASSEMBLY)
+    return weight
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..codebook import HALF_INTEGER_LEVELS
-from .decode import load_words, register, widen_codes
+from .decode import register, widen_codes
 from .integer import (
     LARGEST,
     MAGIC,
@@ -37,7 +37,7 @@ from .integer import (
 )
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
-from .slices import locate
+from .ring import copy, locate, take_codes, take_scale_words, wait
 
 FEW_TOKENS = 4
 FEW_TILES = 16  # of a program of `rotate_few_kernel`
@@ -142,40 +142,6 @@ def _right(first, last, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _scale_bytes(address, group, ahead, MASKED: tl.constexpr):
-    return tl.load(address, mask=group < ahead) if MASKED else tl.load(address)
-
-
-@triton.jit
-def _fetch(planes, step, WARPS: tl.constexpr, BITS: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr):
-    """Codes and scales of the tile ``step`` turns ahead; beyond the end anything, which will be multiplied by zero."""
-    code_address, code_room, code_group, scale_address, scale_room, scale_group, groups = planes
-    MASKED: tl.constexpr = TAIL == 2
-    ahead = groups - step * (WARPS * 4)
-    if TAIL == 1:  # the last tile again
-        code_address += tl.minimum(step * WARPS, code_room) * (4 * BITS)
-        scale_step = tl.minimum(step * WARPS, scale_room)
-    else:
-        code_address += step * (WARPS * 4 * BITS)
-        scale_step = step * WARPS
-    if MASKED:
-        codes = load_words(code_address, code_group < ahead, None, BITS)
-    else:
-        codes = load_words(code_address, None, None, BITS)
-    if WORDS:
-        scale = (tl.load(scale_address + scale_step),)
-    else:
-        scale_address += scale_step * 4
-        scale = (
-            _scale_bytes(scale_address, scale_group, ahead, MASKED),
-            _scale_bytes(scale_address + 1, scale_group + 1, ahead, MASKED),
-            _scale_bytes(scale_address + 2, scale_group + 2, ahead, MASKED),
-            _scale_bytes(scale_address + 3, scale_group + 3, ahead, MASKED),
-        )
-    return codes, scale
-
-
-@triton.jit
 def _factors(meta, WARPS: tl.constexpr):
     """Factors and offsets of two scales, float32 [WARPS, 8, 4] each."""
     # dims: warp, g, t, scale, kind
@@ -192,15 +158,9 @@ def _spread_tokens(values, ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    acc, fetched, tokens, tables, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr
-):
-    codes, scale = fetched
+def _multiply(acc, codes, scale, tokens, tables, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr):
     levels = _levels(codes, tables, ROWS, WARPS, BITS)
-    word = scale[0]
-    if not WORDS:
-        word = word.to(tl.int32) | scale[1].to(tl.int32) << 8 | scale[2].to(tl.int32) << 16 | scale[3].to(tl.int32) << 24
-    scales = tl.inline_asm_elementwise(_SCALES, "=&r,=&r,=&r,=&r,r", [word], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
+    scales = tl.inline_asm_elementwise(_SCALES, "=&r,=&r,=&r,=&r,r", [scale], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
     a, b, c, d = bytes_of_words(tokens[0])
     e, f, g, h = bytes_of_words(tokens[1])
     right = _right(a, b, WARPS), _right(c, d, WARPS), _right(e, f, WARPS), _right(g, h, WARPS)
@@ -222,39 +182,33 @@ def _multiply(
     return acc
 
 
-@triton.jit(do_not_specialize=["tokens", "scale_stride", "groups", "splits"])
+@triton.jit(do_not_specialize=["tokens", "scale_stride", "tiles", "splits"])
 def few_kernel(
     x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
-    tokens, rows, groups, code_stride, scale_stride, splits,
-    BITS: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr, AHEAD: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
+    tokens, rows, tiles, code_stride, scale_stride, splits,
+    BITS: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    AHEAD: tl.constexpr, ALLOCATION: tl.constexpr, COPYING: tl.constexpr, WAITING: tl.constexpr,
+    REDUCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row tile, split): ``ROWS`` rows with ``AHEAD`` tiles of each warp in flight. ``x`` is from
-    ``rotate_few_kernel``; the rest, and how loads are kept ahead of their use, is as in ``slices.py``. No residual.
-
-    TAIL: 0 if the columns of a row are a multiple of ``128 * WARPS * splits``, 1 if of 128, else 2. WORDS: the scales of
-    every row begin at, and are, whole words.
+    """Program (row tile, split): ``ROWS`` rows with ``AHEAD`` tiles of each warp on their way (``ring.py``). ``x`` is from
+    ``rotate_few_kernel``, with zeros beyond ``tiles``; the rest as in ``slices.py``. No residual, whole tiles.
     """
     THREADS: tl.constexpr = WARPS * 32
     OCTETS: tl.constexpr = ROWS // 8
+    STAGE: tl.constexpr = WARPS * ROWS * (16 * BITS + 4)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
-    turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
+    turns = tl.cdiv(tiles, splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
     tables = byte_tables(BITS) if BITS == 4 else (register(_S0[BITS]), register(_S1[BITS]))
+    located = locate(
+        codes, scales, code_stride, scale_stride, first, turns, tiles, tile_n * ROWS, rows, BITS, ROWS, WARPS, ALLOCATION
+    )
+    for i in tl.static_range(AHEAD):
+        copy(located, i * WARPS, i * STAGE, BITS, COPYING)
     # A thread (warp, g, t) works for the rows g, g + 8, ...
     item = tl.arange(0, OCTETS * THREADS)
-    row = tl.minimum(item // THREADS * 8 + tile_n * ROWS + (item // 4) % 8, rows - 1).to(tl.int64)
-    tile = first + (item // 32) % WARPS
-    scale_group = tile * 4
-    if WORDS:
-        scale_address = scales.to(tl.pointer_type(tl.int32)) + (row * (scale_stride // 4) + tile)
-    else:
-        scale_address = scales + (row * scale_stride + scale_group)
-    code_address, code_group = locate(codes, first, tile_n * ROWS, rows, code_stride, OCTETS, THREADS, BITS, BITS == 4)
-    code_tile = code_group // 4
-    last = tl.cdiv(groups, 4) - 1
-    planes = code_address, last - code_tile, code_group, scale_address, last - tile, scale_group, groups
+    scale_place = (item // 32) % WARPS * ROWS + item // THREADS * 8 + (item // 4) % 8
 
     # Activations: thread (g, t) loads 8 columns of each scale of the token g // 2, high or low bytes, and the factors of its
     # accumulators' token t. Absent tokens repeat the bytes of the last one.
@@ -266,26 +220,21 @@ def few_kernel(
     prefetch(exponents + tile_n * ROWS)
     if HAS_BIAS:
         prefetch(bias + tile_n * ROWS)
-    slots = (_fetch(planes, 0, WARPS, BITS, TAIL, WORDS),)
-    for i in tl.static_range(1, AHEAD):
-        slot = slots[0]
-        if i < turns:
-            slot = _fetch(planes, i, WARPS, BITS, TAIL, WORDS)
-        slots = slots + (slot,)  # noqa: RUF005 Triton knows no stars
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
     acc = tl.zeros((WARPS, ROWS, 4), tl.float32)
-    for turn in range(0, turns, AHEAD):
-        for i in tl.static_range(AHEAD):
-            if turn + i < turns:
-                step = (turn + i) * (WARPS * _TILE_WORDS)
-                values = tl.load(x_address + step), tl.load(x_address + step + 128)
-                values = values + (tl.load(meta_address + step), tl.load(meta_address + step + 16))  # noqa: RUF005
-                slot = slots[i]
-                acc = _multiply(acc, slot, values, tables, ROWS, WARPS, BITS, WORDS)
-                if turn + i + AHEAD < turns:
-                    slot = _fetch(planes, turn + i + AHEAD, WARPS, BITS, TAIL, WORDS)
-                slots = slots[:i] + (slot,) + slots[i + 1 :]  # noqa: RUF005
+    stage = 0
+    for turn in range(turns):
+        step = turn * (WARPS * _TILE_WORDS)
+        values = tl.load(x_address + step), tl.load(x_address + step + 128)
+        values = values + (tl.load(meta_address + step), tl.load(meta_address + step + 16))  # noqa: RUF005
+        here = wait(stage, WAITING)
+        # Into the place of the tile before, which the whole warp has read.
+        copy(located, (turn + AHEAD) * WARPS, tl.where(stage == 0, AHEAD * STAGE, stage - STAGE), BITS, COPYING)
+        packed = take_codes(located, here, BITS, ROWS, WARPS)
+        scale = take_scale_words(located, here, scale_place, BITS, ROWS, WARPS)
+        acc = _multiply(acc, packed, scale, values, tables, ROWS, WARPS, BITS)
+        stage = tl.where(stage == AHEAD * STAGE, 0, stage + STAGE)
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()
     reduce_and_finish(

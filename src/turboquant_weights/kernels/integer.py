@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 
 from ..codebook import HALF_INTEGER_LEVELS
-from .decode import load_words, register, three_words, two_words, widen_2, widen_3
+from .decode import register, three_words, two_words, widen_2, widen_3
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
-from .slices import locate
+from .ring import copy, locate, take_codes, take_scales, wait
 
 BYTES_TILES = 16  # of a program of `rotate_bytes_kernel`: the fewest rows of a matrix product
 META_BYTES = 32  # of a tile of 128 activations, beside its 256 bytes
@@ -153,36 +153,22 @@ def _right(values, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _fetch(planes, step, THREADS: tl.constexpr, BITS: tl.constexpr, TAIL: tl.constexpr):
-    """Codes and scale bytes of the tile ``step`` turns ahead; zeros beyond ``groups``."""
-    code_address, scale_address, code_group, scale_group, groups = planes
-    if TAIL:
-        ahead = groups - step * (THREADS // 8)
-        codes = load_words(code_address + step * (THREADS // 8 * BITS), code_group < ahead, 0, BITS)
-        scale = tl.load(scale_address + step * (THREADS // 8), mask=(scale_group < ahead)[None, :], other=0)
-    else:
-        codes = load_words(code_address + step * (THREADS // 8 * BITS), None, None, BITS)
-        scale = tl.load(scale_address + step * (THREADS // 8))
-    return codes, scale
-
-
-@triton.jit
 def _fetch_token(token, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
-    x_address, x_mask, x_group, meta_address, meta_group, groups = token
+    x_address, x_mask, x_ahead, meta_address, meta_ahead = token
+    x_address += step * (THREADS * 2)
+    meta_address += step * (THREADS // 8)
     if TAIL:
-        ahead = groups - step * (THREADS // 8)
-        values = tl.load(x_address + step * (THREADS * 2), mask=x_mask & (x_group < ahead)[None, :], other=0)
-        meta = tl.load(meta_address + step * (THREADS // 8), mask=meta_group < ahead, other=0)
+        values = tl.load(x_address, mask=x_mask & (step * (THREADS // 32) < x_ahead)[None, :], other=0)
+        meta = tl.load(meta_address, mask=step * (THREADS // 32) < meta_ahead, other=0)
     else:
-        values = tl.load(x_address + step * (THREADS * 2), mask=x_mask, other=0)
-        meta = tl.load(meta_address + step * (THREADS // 8))
+        values = tl.load(x_address, mask=x_mask, other=0)
+        meta = tl.load(meta_address)
     return values, meta
 
 
 @triton.jit
-def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr):
+def _multiply(codes, scale, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr):
     """The product of a warp's tile, float32 [WARPS, ROWS, (t, byte)]."""
-    codes, scale = fetched
     negative, positive = _levels(codes, words, ROWS, WARPS, BITS)
     sums = tl.full((WARPS, ROWS, 8), MAGIC, tl.int32)
     sums = tl.dot(negative, right, sums, out_dtype=tl.int32)
@@ -195,70 +181,71 @@ def _multiply(fetched, right, meta, words, ROWS: tl.constexpr, WARPS: tl.constex
     correction = tl.join(tl.full((WARPS, 1, 8, 4), _CORRECTION, tl.float32), half_sum)
     correction = tl.broadcast_to(correction, (WARPS, OCTETS, 8, 4, 2)).reshape(WARPS, ROWS, 8)
     factor = tl.broadcast_to(factor[:, :, :, :, None], (WARPS, OCTETS, 8, 4, 2)).reshape(WARPS, ROWS, 8)
-    scale = (scale.to(tl.int32) << 18).to(tl.float32, bitcast=True) * _EARLY
+    scale = (scale << 18).to(tl.float32, bitcast=True) * _EARLY
     scale = scale.reshape(OCTETS, WARPS, 8, 4).trans(1, 0, 2, 3)[:, :, :, :, None]
     scale = tl.broadcast_to(scale, (WARPS, OCTETS, 8, 4, 2)).reshape(WARPS, ROWS, 8)
     return (sums.to(tl.float32, bitcast=True) + correction) * scale * factor
 
 
-@triton.jit(do_not_specialize=["scale_stride", "groups", "splits"])
+@triton.jit(do_not_specialize=["scale_stride", "tiles", "splits"])
 def integer_kernel(
     x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
-    rows, groups, tiles, code_stride, scale_stride, splits,
+    rows, tiles, code_stride, scale_stride, splits,
     BITS: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    AHEAD: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, ALLOCATION: tl.constexpr, COPYING: tl.constexpr, WAITING: tl.constexpr,
+    REDUCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row tile, split): ``ROWS`` rows with ``AHEAD`` tiles of each warp in flight. ``x`` is from
-    ``rotate_bytes_kernel``; the rest, and how loads are kept ahead of their use, is as in ``slices.py``. No residual."""
+    """Program (row tile, split): ``ROWS`` rows with ``AHEAD`` tiles of each warp on their way (``ring.py``). ``x`` is from
+    ``rotate_bytes_kernel``, the rest as in ``slices.py``. No residual, whole tiles of 128 columns.
+
+    TAIL: the columns of a row are not a multiple of ``128 * WARPS * splits``.
+    """
     THREADS: tl.constexpr = WARPS * 32
+    STAGE: tl.constexpr = WARPS * ROWS * (16 * BITS + 4)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
-    turns = tl.cdiv(tl.cdiv(groups, 4), splits * WARPS)
+    turns = tl.cdiv(tiles, splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
     words = byte_tables(BITS)
-    # A thread (warp, g, t) reads the 32 columns of one scale in the rows g, g + 8, ...
-    octet = tl.arange(0, ROWS // 8)[:, None] * 8 + tile_n * ROWS
+    located = locate(
+        codes, scales, code_stride, scale_stride, first, turns, tiles, tile_n * ROWS, rows, BITS, ROWS, WARPS, ALLOCATION
+    )
+    for i in tl.static_range(AHEAD):
+        copy(located, i * WARPS, i * STAGE, BITS, COPYING)
+    # A thread (warp, g, t) has the 32 columns of scale t in the rows g, g + 8, ...
     word = tl.arange(0, THREADS * 4)
     thread = tl.arange(0, THREADS)
-    scale_row = tl.minimum(octet + ((thread // 4) % 8)[None, :], rows - 1).to(tl.int64)
-    scale_group = (first + thread // 32) * 4 + thread % 4
-    code_address, code_group = locate(codes, first, tile_n * ROWS, rows, code_stride, ROWS // 8, THREADS, BITS, BITS == 4)
-    scale_address = scales + scale_row * scale_stride + scale_group[None, :]
-    planes = code_address, scale_address, code_group, scale_group, groups
+    octet = tl.arange(0, ROWS // 8)[:, None]
+    scale_place = (thread // 32 * (ROWS * 4) + (thread // 4) % 8 * 4 + thread % 4)[None, :] + octet * 32
     # Activations: thread (g, t) loads 32 bytes, if g is t's column of the high or of the low bytes.
     x_mask = ((word // 32) % 4 == (word // 4) % 4)[None, :]
-    x_group = (first + word // 128) * 4
+    x_tile = first + word // 128
     x_address = x.to(tl.pointer_type(tl.int32)) + (tl.arange(0, 2) * 4)[:, None]
-    x_address += ((first + word // 128) * 64 + ((word // 16) % 8) * 8 + word % 4)[None, :]
-    meta_group = (first + thread // 32) * 4
-    meta_address = x.to(tl.pointer_type(tl.int64)) + tiles * 32 + meta_group + thread % 4
-    token = x_address, x_mask, x_group, meta_address, meta_group, groups
+    x_address += (x_tile * 64 + ((word // 16) % 8) * 8 + word % 4)[None, :]
+    meta_tile = first + thread // 32
+    meta_address = x.to(tl.pointer_type(tl.int64)) + tiles * 32 + meta_tile * 4 + thread % 4
+    token = x_address, x_mask, tiles - x_tile, meta_address, tiles - meta_tile
 
     prefetch(exponents + tile_n * ROWS)
     if HAS_BIAS:
         prefetch(bias + tile_n * ROWS)
-    slots = (_fetch(planes, 0, THREADS, BITS, TAIL),)
-    for i in tl.static_range(1, AHEAD):
-        slot = slots[0]
-        if i < turns:
-            slot = _fetch(planes, i, THREADS, BITS, TAIL)
-        slots = slots + (slot,)  # type: ignore[assignment]  # noqa: RUF005 Triton knows no stars
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
     following = _fetch_token(token, 0, THREADS, TAIL)
     acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
-    for turn in range(0, turns, AHEAD):
-        for i in tl.static_range(AHEAD):
-            if turn + i < turns:
-                values, meta = following
-                right = _right(values, WARPS)  # before the next ones are loaded: they take these registers
-                if turn + i + 1 < turns:
-                    following = _fetch_token(token, turn + i + 1, THREADS, TAIL)
-                slot = slots[i]
-                acc += _multiply(slot, right, meta, words, ROWS, WARPS, BITS)
-                if turn + i + AHEAD < turns:
-                    slot = _fetch(planes, turn + i + AHEAD, THREADS, BITS, TAIL)
-                slots = slots[:i] + (slot,) + slots[i + 1 :]  # noqa: RUF005
+    stage = 0
+    for turn in range(turns):
+        here = wait(stage, WAITING)
+        # Into the place of the tile before, which the whole warp has read.
+        copy(located, (turn + AHEAD) * WARPS, tl.where(stage == 0, AHEAD * STAGE, stage - STAGE), BITS, COPYING)
+        packed = take_codes(located, here, BITS, ROWS, WARPS)
+        scale = take_scales(located, here, scale_place, BITS, ROWS, WARPS)
+        values, meta = following
+        right = _right(values, WARPS)  # before the next ones are loaded: they take these registers
+        if turn + 1 < turns:
+            following = _fetch_token(token, turn + 1, THREADS, TAIL)
+        acc += _multiply(packed, scale, right, meta, words, ROWS, WARPS, BITS)
+        stage = tl.where(stage == AHEAD * STAGE, 0, stage + STAGE)
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()
     high, low = tl.split(tl.sum(acc, 0).reshape(ROWS, 4, 2))

@@ -20,14 +20,16 @@ from ..codebook import level_tensor, levels
 from ..errors import QuantizationError
 from ..reference import PackedWeight
 from ..rotation import SCALE_BLOCK, is_autocast_enabled, keeps_precision, rotation_block
-from .decode import TILE, assembly, bfloat_assembly, lookup_words
+from .decode import TILE, assembly, bfloat_assembly, lookup_assembly, lookup_words
 from .dequantize import dequantize_kernel, dequantize_words_kernel
 from .few import FEW_BYTES, FEW_TILES, FEW_TOKENS, few_kernel, rotate_few_kernel
 from .integer import BYTES_TILES, META_BYTES, integer_kernel, rotate_bytes_kernel
 from .prefill import WEIGHT_ROWS, multiply_bytes_kernel, rotate_round_kernel, round_weights_kernel
+from .ring import ring
 from .rotate import (
     NATURAL,
     PAIRED,
+    PAIRED_SLICES,
     SLICES,
     SPLITK,
     outer_matrix,
@@ -387,7 +389,8 @@ def _plan(
     columns = groups * SCALE_BLOCK
     if schedule is None:
         streams = _streams(device, groups, words, strides)
-        schedule = choose(gpu_name(device), tokens, rows, columns, bits, residual_bits if decoder else None, streams)
+        planes = bits, residual_bits if decoder else None
+        schedule = choose(gpu_name(device), tokens, rows, columns, *planes, streams, strides[2] % 4 == 0)
     tiles = -(-groups // 4)
     block = rotation_block(in_features, group_size)
     pdl = _capability(device) >= 90
@@ -415,38 +418,48 @@ def _plan(
     if isinstance(schedule, Integer) and tokens > 1:
         assert tokens <= FEW_TOKENS
         assert decoder
+        assert schedule.serves(columns)
+        assert strides[2] % 4 == 0
         assert not residual_bits
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows * FEW_TOKENS
+        way = ring(bits, schedule.rows, schedule.warps, schedule.ahead)
         step = schedule.warps * split
         padded = -(-tiles // step) * step
-        ends = 2 if groups % 4 else int(padded != tiles)
         order = NATURAL
         arguments = (
-            *(tokens, rows, groups, strides[0], strides[2], split, bits, has_bias, ends),
-            *(groups % 4 == 0 and strides[2] % 4 == 0, schedule.rows, schedule.warps, schedule.ahead, split > 1, pdl),
+            *(tokens, rows, tiles, strides[0], strides[2], split, bits, has_bias),
+            *(schedule.rows, schedule.warps, schedule.ahead, *way, split > 1, pdl),
         )
         product = _Launch(few_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
         parts = slots * split if split > 1 else 0
         rotated = FEW_BYTES * padded
     elif isinstance(schedule, Integer):
         assert decoder
+        assert schedule.serves(columns)
+        assert strides[2] % 4 == 0
         assert not residual_bits
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows
-        tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
+        way = ring(bits, schedule.rows, schedule.warps, schedule.ahead)
+        tail = tiles % (schedule.warps * split) != 0
         order = NATURAL
         arguments = (
-            *(rows, groups, tiles, strides[0], strides[2], split, bits, has_bias, tail),
-            *(schedule.rows, schedule.warps, schedule.ahead, split > 1, pdl),
+            *(rows, tiles, strides[0], strides[2], split, bits, has_bias, tail),
+            *(schedule.rows, schedule.warps, schedule.ahead, *way, split > 1, pdl),
         )
         product = _Launch(integer_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
         parts = slots * split if split > 1 else 0
         rotated += META_BYTES * tiles
     elif isinstance(schedule, Slices):
+        assert decoder
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows * MOST_TOKENS
         tail = groups % 4 != 0 or tiles % (schedule.warps * split) != 0
-        order = SLICES
+        looks_up = schedule.looked_up > 0
+        order = PAIRED_SLICES if looks_up and not residual_bits else SLICES
+        levels = (_lookup_table(bits, residual_bits, device),)
+        if looks_up:
+            decoder = lookup_assembly(bits, residual_bits, schedule.looked_up)
         arguments = (
-            *(*sizes, split, bits, residual_bits, decoder, has_bias, tail),
+            *(*sizes, split, bits, residual_bits, decoder, looks_up, has_bias, tail),
             *(schedule.rows, schedule.warps, split > 1, pdl),
         )
         product = _Launch(slices_kernel, (slots, split, 1), arguments, schedule.warps, pdl)

@@ -18,16 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import hadamard, signs
-from .decode import TILE, paired_column, physical_column, power_of_two, slice_column
+from .decode import TILE, paired_column, paired_slice_column, physical_column, power_of_two, slice_column
 from .nvidia import launch_dependents, wait_for_producer
 
 # Orders of the columns within a tile of 128: as stored, and as the matmuls want them.
-NATURAL, SPLITK, SLICES, PAIRED = range(4)
+NATURAL, SPLITK, SLICES, PAIRED, PAIRED_SLICES = range(5)
 _COLUMN: dict[int, Callable[[int], int]] = {
     NATURAL: int,
     SPLITK: physical_column,
     SLICES: slice_column,
     PAIRED: paired_column,
+    PAIRED_SLICES: paired_slice_column,
 }
 
 

@@ -19,6 +19,7 @@ import torch
 from ..errors import ScheduleError
 from .decode import TABLE_BYTES
 from .few import FEW_TOKENS
+from .ring import tile_bytes
 from .slices import MOST_TOKENS
 
 _Kind = TypeVar("_Kind", bound=tuple[int, ...])
@@ -64,6 +65,16 @@ class Integer(NamedTuple):
     warps: int
     split: int
     ahead: int
+
+    @staticmethod
+    def serves(columns: int) -> bool:
+        """A ring has whole tiles."""
+        return columns % 128 == 0
+
+    def fits(self, bits: int) -> bool:
+        """Whether ring and sums fit into the shared memory that needs no permission."""
+        ring, sums = (self.ahead + 1) * tile_bytes(bits, self.rows), 32 * self.rows
+        return self.warps * (ring + sums) <= _DEFAULT_BYTES
 
 
 @_told_apart
@@ -143,7 +154,7 @@ _KINDS: dict[str, type[Schedule]] = {
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _MOST_OF_KIND: dict[type[Schedule], int] = {Rotating: 1, Slices: MOST_TOKENS, Integer: FEW_TOKENS}  # tokens
-_VALUES = {"rows": (16, 32), "looked_up": (0, 1, 2)}  # of fields that take none but these
+_VALUES = {"rows": (16, 32), "warps": (1, 2, 4, 8), "looked_up": (0, 1, 2)}  # of fields that take none but these
 
 SLICE_ROWS = 16
 # What an H100 wants: programs of `rotating.py`, at most, by residual bits and warps, and the columns up to which it is of
@@ -157,13 +168,13 @@ _ROTATING_PROGRAMS = {
     4: {8: 132, 4: 660},
 }
 _ROTATING_COLUMNS = 8192
-# Weights from which on a second launch for the rotation pays, unless all programs of `rotating.py` run at once with 8 warps;
-# warps of `integer.py` that run at once, or, of 32 rows each, over long rows.
+# Weights from which on a second launch for the rotation pays, for one token unless all programs of `rotating.py` run at once
+# with 8 warps; warps of `integer.py` and of `few.py` that run at once; the fewest that are enough (the last two: H200).
 _INTEGER_WEIGHTS = 15 << 20
-_INTEGER_WARPS, _LONG_INTEGER_WARPS = 3100, 2100
-# Weights from which on `few.py` is used; the fewest warps of 32 rows each that are better than more of 16 (H200).
-_FEW_WEIGHTS = 1 << 25
-_LEAST_FEW_WARPS = 1500
+_INTEGER_WARPS = (3100, 3600)
+_FEWEST_WARPS = 1000
+# Warps of 32 rows of `slices.py` with a table, and columns from which on a program has so many (H200).
+_LOOKING_WARPS, _WIDE_COLUMNS = 2100, 4096
 _SLICE_WARPS = (1700, 4800)
 _SLICE_ACTIVATIONS = 1 << 15
 _PROGRAMS = {16: 1200, 32: 1200, 64: 600, 128: 300}
@@ -189,7 +200,6 @@ _TABLE: Table = {
     "NVIDIA H100 80GB HBM3": {
         (4096, 4096, 4, 0): {
             1: Rotating(8),
-            8: SplitK(16, 64, 8, 1, 4),
             16: SplitK(16, 64, 8, 1, 4),
             32: SplitK(32, 64, 6, 1, 4),
             64: StreamK(64, 2, 2),
@@ -205,10 +215,7 @@ _TABLE: Table = {
             128: SplitK(128, 64, 4, 3, 4),
             256: StreamK(128, 2, 3),
         },
-        (18944, 3584, 4, 0): {1: Integer(16, 2, 1, 2), 8: Slices(16, 4, 1, 0)},
         (3584, 18944, 4, 0): {256: StreamK(128, 2, 3)},
-        (8192, 8192, 4, 0): {1: Integer(32, 2, 4, 2)},
-        (10240, 8192, 4, 0): {1: Integer(16, 4, 1, 2)},
     },
 }
 
@@ -241,9 +248,13 @@ def _schedule_of(entry: dict[str, Any]) -> Schedule:
         raise ValueError(f"{entry}: tokens are one of {TOKENS}")
     if tokens > _MOST_OF_KIND.get(kind, tokens):
         raise ValueError(f"{entry}: tokens of the kind {name} are at most {_MOST_OF_KIND[kind]}")
-    if kind is Integer and int(entry["residual_bits"]):
-        raise ValueError(f"{entry}: the kind {name} is for layers without a residual")
-    return kind(*values)
+    schedule = kind(*values)
+    if isinstance(schedule, Integer):
+        if int(entry["residual_bits"]) or not schedule.serves(int(entry["columns"])):
+            raise ValueError(f"{entry}: the kind {name} is for layers without a residual and a multiple of 128 columns")
+        if not schedule.fits(int(entry["bits"])):
+            raise ValueError(f"{entry}: rows, warps and tiles ahead need more than {_DEFAULT_BYTES} bytes of shared memory")
+    return schedule
 
 
 def _is_value(field: str, value: object) -> bool:
@@ -281,22 +292,35 @@ def crossover(residual_bits: int, rows: int, columns: int, warp_groups: bool = F
 
 @functools.lru_cache(maxsize=8192)
 def choose(
-    gpu: str, tokens: int, rows: int, columns: int, bits: int, residual_bits: int | None, warp_groups: bool = False
+    gpu: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    residual_bits: int | None,
+    warp_groups: bool = False,
+    whole: bool = True,
 ) -> Schedule:
     """The schedule of [tokens, columns] times [rows, columns]; ``residual_bits`` is None without an assembly decoder,
-    ``warp_groups`` says that `streamk.py` can serve the layer."""
+    ``warp_groups`` says that `streamk.py` can serve the layer, ``whole`` that its scales can be copied by words."""
     if residual_bits is not None:
-        are_few = 1 < tokens <= FEW_TOKENS and not residual_bits and rows * columns >= _FEW_WEIGHTS
+        whole = whole and Integer.serves(columns)
+        are_few = 1 < tokens <= FEW_TOKENS and not residual_bits and rows * columns >= _INTEGER_WEIGHTS and whole
         at = next((t for t in TOKENS if t >= tokens), 0)
         served_by = (at, MOST_TOKENS) if at == FEW_TOKENS and not are_few else (at,)
         for table, entry_tokens in itertools.product((_own_table(), _TABLE), served_by):
             schedule = table.get(gpu, {}).get((rows, columns, bits, residual_bits), {}).get(entry_tokens)
-            if schedule is not None and (not isinstance(schedule, StreamK) or (warp_groups and schedule.serves(columns))):
+            if isinstance(schedule, StreamK):
+                if warp_groups and schedule.serves(columns):
+                    return schedule
+            elif schedule is not None and (whole or not isinstance(schedule, Integer)):
                 return schedule
-        if are_few:
-            return _few(rows, columns)
-        if tokens == 1 and residual_bits == 0 and _is_for_integers(rows, columns):
-            return _integer(rows, columns)
+        if are_few or (tokens == 1 and residual_bits == 0 and whole and _is_for_integers(rows, columns)):
+            return _integer(tokens, rows, columns)
+        # Other GPUs have less shared memory, or were not measured.
+        looking = _looking(tokens, rows, columns, bits, residual_bits) if warp_groups else None
+        if looking is not None:
+            return looking
         # Rotating takes registers, which a residual needs, too: over long rows, and over many, two launches are faster.
         if tokens == 1 and (not residual_bits or _rotates_in_one_wave(rows, columns)):
             return rotating(rows, columns, residual_bits)
@@ -347,29 +371,33 @@ def _rotates_in_one_wave(rows: int, columns: int) -> bool:
     return rows <= SLICE_ROWS * _ROTATING_PROGRAMS[4][4] and columns <= _ROTATING_COLUMNS
 
 
-def _integer(rows: int, columns: int) -> Integer:
-    """Two warps per program and as many splits as let all warps run at once; four where programs wait for others anyway.
-    Over long rows, twice as many rows share the activations."""
+def _integer(tokens: int, rows: int, columns: int) -> Integer:
+    """Four warps per program, or two where that lets all programs run at once. Long rows are split, into as many parts as
+    let all warps run at once; others only where there would be few warps."""
     row_tiles, tiles = -(-rows // SLICE_ROWS), -(-columns // 128)
+    warps = 2 if 2 * row_tiles <= _INTEGER_WARPS[1] < 4 * row_tiles else 4
+    fitting = [s for s in _SPLITS if 2 * warps * s <= tiles]
     if columns > _ROTATING_COLUMNS:
-        fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _LONG_INTEGER_WARPS and 8 * s <= tiles]
-        return Integer(2 * SLICE_ROWS, 4, max(fitting, default=1), 2)
-    if 2 * row_tiles > _INTEGER_WARPS:
-        return Integer(SLICE_ROWS, 4, 1, 2)
-    fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _INTEGER_WARPS and 4 * s <= tiles]
-    return Integer(SLICE_ROWS, 2, max(fitting, default=1), 2)
+        split = max((s for s in fitting if warps * row_tiles * s <= _INTEGER_WARPS[tokens > 1]), default=1)
+    else:
+        split = next((s for s in fitting if warps * row_tiles * s >= _FEWEST_WARPS), max(fitting, default=1))
+    return Integer(SLICE_ROWS, warps, split, 2)
 
 
-def _few(rows: int, columns: int) -> Integer:
-    """Activations cost more than those of one token, so 32 rows share them over short rows, too, unless that leaves too few
-    warps."""
-    row_tiles, tiles = -(-rows // (2 * SLICE_ROWS)), -(-columns // 128)
-    warps = 4 if columns > _ROTATING_COLUMNS or 2 * row_tiles > _LONG_INTEGER_WARPS else 2
-    fitting = [s for s in _SPLITS if warps * row_tiles * s <= _LONG_INTEGER_WARPS and 2 * warps * s <= tiles]
-    split = max(fitting, default=1)
-    if columns <= _ROTATING_COLUMNS and warps * row_tiles * split < _LEAST_FEW_WARPS:
-        return _integer(rows, columns)
-    return Integer(2 * SLICE_ROWS, warps, split, 2)
+def _looking(tokens: int, rows: int, columns: int, bits: int, residual_bits: int) -> Slices | None:
+    """`slices.py` with a table of levels, where that is the fastest (on an H200): of 4 bits half of them are looked up, over
+    longer rows with 32 of them to share activations; of 4+4 bits and one token all."""
+    if bits != 4 or columns > _ROTATING_COLUMNS or not _slices_fit(rows, columns):
+        return None
+    row_tiles, tiles, weights = -(-rows // SLICE_ROWS), -(-columns // 128), rows * columns
+    if residual_bits == 4 and tokens == 1 and weights >= _STREAMK_WEIGHTS[32]:
+        return Slices(SLICE_ROWS if 4 * row_tiles <= _SLICE_WARPS[1] else 2 * SLICE_ROWS, 4, 1, 2)
+    if residual_bits or not 1 < tokens <= MOST_TOKENS or weights < _INTEGER_WEIGHTS:
+        return None
+    if columns < _WIDE_COLUMNS:  # very many programs do not want to fill a table each
+        return Slices(SLICE_ROWS, 4, 1, int(4 * row_tiles <= _SLICE_WARPS[1]))
+    fitting = [s for s in _SPLITS if 2 * row_tiles * s <= _LOOKING_WARPS and 8 * s <= tiles]
+    return Slices(2 * SLICE_ROWS, 4, max(fitting, default=1), 1)
 
 
 def _slices_fit(rows: int, columns: int) -> bool:

@@ -1,12 +1,15 @@
 """The fused matmul for few tokens: every warp works alone on its slice of the columns.
 
-Up to 8 tokens fill one tensor-core column block, so there is nothing to share between warps: a warp loads 16 rows x 128
-columns of codes and its activations straight into the registers of an ``mma.sync`` fragment, without shared memory and
-without a barrier. The ``WARPS`` warps of a program take every ``WARPS``-th tile of 128 columns (a batched dot product with
-one batch per warp) and are summed at the end.
+Up to 8 tokens fill one tensor-core column block, so there is nothing to share between warps: a warp loads 16 or 32 rows x
+128 columns of codes and its activations straight into the registers of an ``mma.sync`` fragment. The ``WARPS`` warps of a
+program take every ``WARPS``-th tile of 128 columns (a batched dot product with one batch per warp); the end sums them up.
 
-Loads must be far ahead of their use, and ptxas moves a load that only the next iteration needs down to the end of the
-loop. It does not move it into another basic block: hence the conditions around loads, one tile before its turn.
+Levels are computed, or half or all of them looked up in a table in shared memory (``decode.py``), which moves the work from
+the integer ALU to the L1 cache's pipe.
+
+Loads must be ahead of their use, and ptxas moves a load that only the next iteration needs down to the end of the loop. It
+does not move it into another basic block: hence the conditions around loads, one tile before its turn. Who waits for one of
+them still waits for all; a ring (``ring.py``) would not, but gains 0 to 7 % here and takes room from the table.
 """
 
 from __future__ import annotations
@@ -14,7 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_words, load_words, scale_pairs, stride_in_words, tables
+from .decode import (
+    FILL_TABLE,
+    LOOKUP_STRIDES,
+    LOOKUP_TABLE,
+    decode_words,
+    load_words,
+    register,
+    scale_pairs,
+    stride_in_words,
+    tables,
+)
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
 
@@ -67,36 +80,68 @@ def locate(
 def _fetch_tokens(x_address, x_group, limit, step, THREADS: tl.constexpr, TAIL: tl.constexpr):
     if TAIL:
         mask = (x_group < limit - step * (THREADS // 8))[None, :]
-        tokens = tl.load(x_address + step * (THREADS * 4), mask=mask, other=0.0)
+        tokens = tl.load(x_address + step * (THREADS * 2), mask=mask, other=0)
     else:
-        tokens = tl.load(x_address + step * (THREADS * 4))
+        tokens = tl.load(x_address + step * (THREADS * 2))
     return tokens
+
+
+@triton.jit
+def _right(tokens, WARPS: tl.constexpr):
+    """int32 [4, THREADS * 4] -> right operand [WARPS, 128, 8]. Words, not halves, go through the loop: the compiler would
+    take halves apart and put them together again."""
+    even, odd = tl.inline_asm_elementwise(
+        "mov.b32 $0, $2; mov.b32 $1, $3;", "=&r,=&r,r,r", [tokens], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+    )
+    # dims: p, warp, g, t, h, i0, i1 -> warp, columns, tokens
+    right = tl.join(even, odd).reshape(4, WARPS, 8, 4, 2, 2, 2)
+    return right.trans(1, 0, 4, 3, 6, 5, 2).reshape(WARPS, 128, 8)
+
+
+@triton.jit
+def _fill_table(levels, THREADS: tl.constexpr):
+    """The address of this lane's column of the table in shared memory."""
+    table = tl.inline_asm_elementwise(LOOKUP_TABLE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    row = tl.arange(0, 256)
+    tl.inline_asm_elementwise(
+        FILL_TABLE, "=r,r,r,r,r", [tl.load(levels + row), row, row // max(256 // THREADS, 1), table],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    tl.debug_barrier()
+    # Not pure: nobody is to read before the barrier.
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 a; mov.u32 a, %laneid; mad.lo.u32 $0, a, 4, $1; }",
+        "=r,r",
+        [table],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
 def _multiply(
     acc, fetched, tokens, words, OCTETS: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     codes, rest, scale = fetched
     pairs = scale_pairs(scale.to(tl.int32), 0)
-    weight = decode_words(codes, rest, pairs, words, OCTETS, WARPS * 32, BITS, RESIDUAL_BITS, ASSEMBLY)
+    weight = decode_words(codes, rest, pairs, words, OCTETS, WARPS * 32, BITS, RESIDUAL_BITS, ASSEMBLY, LOOKUP)
     # dims: 16 rows, b1, warp, g, t, p1, i0, p0, h, i1 -> warp, rows (16 rows, b1, g), columns (p, h, t, i1, i0)
     weight = weight.reshape(OCTETS // 2, 2, WARPS, 8, 4, 2, 2, 2, 2, 2).trans(2, 0, 1, 3, 5, 7, 8, 4, 9, 6)
-    # dims: p, warp, g, t, h, i1, i0 -> warp, columns, tokens
-    right = tokens.reshape(4, WARPS, 8, 4, 2, 2, 2).trans(1, 0, 4, 3, 5, 6, 2)
-    return tl.dot(weight.reshape(WARPS, OCTETS * 8, 128), right.reshape(WARPS, 128, 8), acc)
+    return tl.dot(weight.reshape(WARPS, OCTETS * 8, 128), _right(tokens, WARPS), acc)
 
 
 @triton.jit(do_not_specialize=["tokens", "residual_stride", "scale_stride", "groups", "splits"])
 def slices_kernel(
-    x, token_scale, codes, residual, scales, exponents, bias, out, partial, counters,
+    x, token_scale, codes, residual, scales, exponents, bias, levels, out, partial, counters,
     tokens, rows, groups, x_stride, code_stride, residual_stride, scale_stride, splits,
-    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ASSEMBLY: tl.constexpr, LOOKUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TAIL: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, REDUCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, split). ``x`` float16 [tokens <= 8, x_stride] from ``rotate_scaled_kernel``, in the order
-    ``decode.slice_column``; ``out`` [tokens, rows]; the rest as in ``splitk.py``.
+    ``decode.slice_column``; ``out`` [tokens, rows]; the rest as in ``splitk.py``. LOOKUP: ASSEMBLY looks levels up in a
+    table of the words ``levels``; without a residual activations are then in the order ``decode.paired_slice_column``.
 
     TAIL: the columns of a row are not a multiple of ``128 * WARPS * splits``. Strides of scales and residual are not
     specialized: with unknown alignment a thread loads its own byte or words, as the decoder wants it.
@@ -119,11 +164,11 @@ def slices_kernel(
     group = code_group, rest_group, scale_group
     scale_address = scales + scale_row * scale_stride + scale_group
     # Activations: 4 loads of 8 halves by thread (g, t) of the warp; g is the token, absent ones repeat the last.
-    half = tl.arange(0, THREADS * 8)
-    x_group = (first + half // 256) * 4 + (half // 8) % 4
-    x_row = tl.minimum((half // 32) % 8, tokens - 1) * x_stride
-    x_column = (first + half // 256) * 128 + half % 32
-    x_address = x + (x_row + x_column)[None, :] + tl.arange(0, 4)[:, None] * 32
+    word = tl.arange(0, THREADS * 4)
+    x_group = (first + word // 128) * 4 + (word // 4) % 4
+    x_row = tl.minimum((word // 16) % 8, tokens - 1) * (x_stride // 2)
+    x_column = (first + word // 128) * 64 + word % 16
+    x_address = x.to(tl.pointer_type(tl.int32)) + (x_row + x_column)[None, :] + tl.arange(0, 4)[:, None] * 16
 
     prefetch(exponents + tile_n * ROWS)
     if HAS_BIAS:
@@ -132,19 +177,21 @@ def slices_kernel(
     odd = even
     if turns > 1:
         odd = fetch(code_address, rest_address, scale_address, group, limit, 1, THREADS, BITS, RESIDUAL_BITS, TAIL)
+    if LOOKUP:
+        words = (_fill_table(levels, THREADS), register(LOOKUP_STRIDES[RESIDUAL_BITS])) + words  # noqa: RUF005 Triton knows no stars
     if PDL:  # weights are on their way while the rotation still runs
         wait_for_producer()
     values = _fetch_tokens(x_address, x_group, limit, 0, THREADS, TAIL)
     acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
     for turn in range(0, turns, 2):
-        acc = _multiply(acc, even, values, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY)
+        acc = _multiply(acc, even, values, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY, LOOKUP)
         if turn + 1 < turns:
             values = _fetch_tokens(x_address, x_group, limit, turn + 1, THREADS, TAIL)
             if turn + 2 < turns:
                 even = fetch(
                     code_address, rest_address, scale_address, group, limit, turn + 2, THREADS, BITS, RESIDUAL_BITS, TAIL
                 )
-            acc = _multiply(acc, odd, values, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY)
+            acc = _multiply(acc, odd, values, words, OCTETS, WARPS, BITS, RESIDUAL_BITS, ASSEMBLY, LOOKUP)
             if turn + 2 < turns:
                 values = _fetch_tokens(x_address, x_group, limit, turn + 2, THREADS, TAIL)
             if turn + 3 < turns:

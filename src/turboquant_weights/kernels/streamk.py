@@ -38,13 +38,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .decode import (
-    TABLE_BYTES,
+    FILL_TABLE,
+    LOOKUP_STRIDES,
+    LOOKUP_TABLE,
     THREES,
     assembly,
     decode_looked_up,
     decode_wide,
     lookup_assembly,
-    lookup_stride,
     power_of_two,
     register,
     scale_pairs,
@@ -59,20 +60,6 @@ from .nvidia import launch_dependents, wait_for_producer
 _ASSEMBLIES, _LOOKUPS = (
     gl.constexpr(tuple(make(bits, residual_bits) for bits in (2, 3, 4) for residual_bits in range(5)))
     for make in (assembly, lookup_assembly)
-)
-_STRIDES = gl.constexpr(tuple(lookup_stride(residual_bits) for residual_bits in range(5)))
-# Static shared memory: what the compiler allocates it gives no address of, and lookups want one.
-_TABLE = gl.constexpr(f"{{ .shared .align 128 .b8 levels[{TABLE_BYTES}]; mov.u32 $0, levels; }}")
-# The words $1 and $2 to the rows 2t and 2t + 1 of the table at $3, t in $4. Eight neighbours write different 16 bytes of a
-# row at a time: otherwise they would all want the same banks.
-_FILL = gl.constexpr(
-    "{ .reg .b32 a, b; mad.lo.u32 a, $4, 256, $3; mov.b32 $0, 0;"
-    + "".join(
-        f" add.u32 b, $4, {i}; and.b32 b, b, 7; mad.lo.u32 b, b, 16, a;"
-        " st.shared.v4.b32 [b], {$1, $1, $1, $1}; st.shared.v4.b32 [b + 128], {$2, $2, $2, $2};"
-        for i in range(8)
-    )
-    + " }"
 )
 
 
@@ -519,7 +506,7 @@ def _consume(
     lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
     words = tables(BITS, RESIDUAL_BITS)
     if LOOKUP:
-        words = (table + lane * 4, register(_STRIDES[RESIDUAL_BITS])) + words  # noqa: RUF005 Triton knows no stars
+        words = (table + lane * 4, register(LOOKUP_STRIDES[RESIDUAL_BITS])) + words  # noqa: RUF005 Triton knows no stars
     pick = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, PAIRS)), 0)
     if PDL:
         wait_for_producer()
@@ -606,11 +593,10 @@ def streamk_kernel(
     fence_async_shared()
     table = 0
     if LOOKUP:
-        table = gl.inline_asm_elementwise(_TABLE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        row = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-        even = gl.load(levels + 2 * row)
-        odd = gl.load(levels + 2 * row + 1)
-        gl.inline_asm_elementwise(_FILL, "=r,r,r,r,r", [even, odd, table, row], dtype=gl.int32, is_pure=False, pack=1)
+        table = gl.inline_asm_elementwise(LOOKUP_TABLE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        row = gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
+        arguments = [gl.load(levels + row), row, row // 2, table]
+        gl.inline_asm_elementwise(FILL_TABLE, "=r,r,r,r,r", arguments, dtype=gl.int32, is_pure=False, pack=1)
     if GROUPS == 2:
         gl.warp_specialize(
             [

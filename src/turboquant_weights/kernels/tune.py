@@ -107,18 +107,19 @@ def candidates(
     out: list[Schedule] = []
     if tokens == 1:
         out += [Rotating(warps) for warps in (1, 2, 4, 8) if warps == 1 or 2 * warps <= tiles]
-    if tokens <= FEW_TOKENS and not residual_bits:
-        for height, warps in itertools.product((16, 32), (2, 4, 8)):
-            for split in _SPLITS:
-                total = -(-rows // height) * warps * split
-                if total >= 1000 and (split == 1 or total <= 4000) and 2 * warps * split <= tiles:
-                    out.append(Integer(height, warps, split, 2))
+    if tokens <= FEW_TOKENS and not residual_bits and Integer.serves(columns):
+        for height, warps, split in itertools.product((16, 32), (2, 4, 8), _SPLITS):
+            total, integer = -(-rows // height) * warps * split, Integer(height, warps, split, 2)
+            if total >= 1000 and (split == 1 or total <= 4000) and 2 * warps * split <= tiles and integer.fits(bits):
+                out.append(integer)
     if tokens <= MOST_TOKENS:
-        for warps in (2, 4, 8):
-            for split in _SPLITS:
-                total = -(-rows // SLICE_ROWS) * warps * split
-                if 1000 <= total <= 10_000 and warps * split <= tiles:
-                    out.append(Slices(SLICE_ROWS, warps, split, 0))
+        for warps, split in itertools.product((2, 4, 8), _SPLITS):
+            total = -(-rows // SLICE_ROWS) * warps * split
+            if 1000 <= total <= 10_000 and warps * split <= tiles:
+                out.append(Slices(SLICE_ROWS, warps, split, 0))
+                if warps == 4:  # a table takes the room of more programs of two, and of eight is none faster
+                    heights = (16, 32) if total >= 2000 else (16,)
+                    out += [Slices(height, warps, split, looked_up) for height in heights for looked_up in (1, 2)]
     if warp_groups and (tokens > 1 or residual_bits):
         block_m = min(256, max(16, triton.next_power_of_2(tokens)))
         for tile in ((block_m, 2), (max(16, block_m // 2), 2), (min(block_m, 128), 3)):
