@@ -37,7 +37,7 @@ from .integer import (
 )
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
-from .ring import copy, locate, take_codes, take_scale_words, wait
+from .ring import advance, receive, start_ring, take_codes, take_scale_words
 
 FEW_TOKENS = 4
 FEW_TILES = 16  # of a program of `rotate_few_kernel`
@@ -195,17 +195,15 @@ def few_kernel(
     """
     THREADS: tl.constexpr = WARPS * 32
     OCTETS: tl.constexpr = ROWS // 8
-    STAGE: tl.constexpr = WARPS * ROWS * (16 * BITS + 4)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     turns = tl.cdiv(tiles, splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
     tables = byte_tables(BITS) if BITS == 4 else (register(_S0[BITS]), register(_S1[BITS]))
-    located = locate(
-        codes, scales, code_stride, scale_stride, first, turns, tiles, tile_n * ROWS, rows, BITS, ROWS, WARPS, ALLOCATION
-    )
-    for i in tl.static_range(AHEAD):
-        copy(located, i * WARPS, i * STAGE, BITS, COPYING)
+    located = start_ring(
+        codes, scales, code_stride, scale_stride, first, turns, tiles, tile_n * ROWS, rows,
+        BITS, ROWS, WARPS, AHEAD, ALLOCATION, COPYING,
+    )  # fmt: skip
     # A thread (warp, g, t) works for the rows g, g + 8, ...
     item = tl.arange(0, OCTETS * THREADS)
     scale_place = (item // 32) % WARPS * ROWS + item // THREADS * 8 + (item // 4) % 8
@@ -228,13 +226,11 @@ def few_kernel(
         step = turn * (WARPS * _TILE_WORDS)
         values = tl.load(x_address + step), tl.load(x_address + step + 128)
         values = values + (tl.load(meta_address + step), tl.load(meta_address + step + 16))  # noqa: RUF005
-        here = wait(stage, WAITING)
-        # Into the place of the tile before, which the whole warp has read.
-        copy(located, (turn + AHEAD) * WARPS, tl.where(stage == 0, AHEAD * STAGE, stage - STAGE), BITS, COPYING)
+        here = receive(located, turn, stage, BITS, ROWS, WARPS, AHEAD, COPYING, WAITING)
         packed = take_codes(located, here, BITS, ROWS, WARPS)
         scale = take_scale_words(located, here, scale_place, BITS, ROWS, WARPS)
         acc = _multiply(acc, packed, scale, values, tables, ROWS, WARPS, BITS)
-        stage = tl.where(stage == AHEAD * STAGE, 0, stage + STAGE)
+        stage = advance(stage, BITS, ROWS, WARPS, AHEAD)
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()
     reduce_and_finish(

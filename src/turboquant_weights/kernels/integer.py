@@ -30,7 +30,7 @@ from ..codebook import HALF_INTEGER_LEVELS
 from .decode import register, three_words, two_words, widen_2, widen_3
 from .nvidia import launch_dependents, prefetch, wait_for_producer
 from .reduction import reduce_and_finish
-from .ring import copy, locate, take_codes, take_scales, wait
+from .ring import advance, receive, start_ring, take_codes, take_scales
 
 BYTES_TILES = 16  # of a program of `rotate_bytes_kernel`: the fewest rows of a matrix product
 META_BYTES = 32  # of a tile of 128 activations, beside its 256 bytes
@@ -201,17 +201,15 @@ def integer_kernel(
     TAIL: the columns of a row are not a multiple of ``128 * WARPS * splits``.
     """
     THREADS: tl.constexpr = WARPS * 32
-    STAGE: tl.constexpr = WARPS * ROWS * (16 * BITS + 4)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     turns = tl.cdiv(tiles, splits * WARPS)
     first = split * turns * WARPS  # tile of this program's first warp
     words = byte_tables(BITS)
-    located = locate(
-        codes, scales, code_stride, scale_stride, first, turns, tiles, tile_n * ROWS, rows, BITS, ROWS, WARPS, ALLOCATION
-    )
-    for i in tl.static_range(AHEAD):
-        copy(located, i * WARPS, i * STAGE, BITS, COPYING)
+    located = start_ring(
+        codes, scales, code_stride, scale_stride, first, turns, tiles, tile_n * ROWS, rows,
+        BITS, ROWS, WARPS, AHEAD, ALLOCATION, COPYING,
+    )  # fmt: skip
     # A thread (warp, g, t) has the 32 columns of scale t in the rows g, g + 8, ...
     word = tl.arange(0, THREADS * 4)
     thread = tl.arange(0, THREADS)
@@ -235,9 +233,7 @@ def integer_kernel(
     acc = tl.zeros((WARPS, ROWS, 8), tl.float32)
     stage = 0
     for turn in range(turns):
-        here = wait(stage, WAITING)
-        # Into the place of the tile before, which the whole warp has read.
-        copy(located, (turn + AHEAD) * WARPS, tl.where(stage == 0, AHEAD * STAGE, stage - STAGE), BITS, COPYING)
+        here = receive(located, turn, stage, BITS, ROWS, WARPS, AHEAD, COPYING, WAITING)
         packed = take_codes(located, here, BITS, ROWS, WARPS)
         scale = take_scales(located, here, scale_place, BITS, ROWS, WARPS)
         values, meta = following
@@ -245,7 +241,7 @@ def integer_kernel(
         if turn + 1 < turns:
             following = _fetch_token(token, turn + 1, THREADS, TAIL)
         acc += _multiply(packed, scale, right, meta, words, ROWS, WARPS, BITS)
-        stage = tl.where(stage == AHEAD * STAGE, 0, stage + STAGE)
+        stage = advance(stage, BITS, ROWS, WARPS, AHEAD)
     if PDL:  # the next layer's rotation may take its place; it waits for this kernel's end before it touches memory
         launch_dependents()
     high, low = tl.split(tl.sum(acc, 0).reshape(ROWS, 4, 2))

@@ -415,40 +415,28 @@ def _plan(
     rotated = 2 * tokens * tiles * TILE
     levels: tuple[Tensor, ...] = ()
     arguments: tuple[Any, ...]
-    if isinstance(schedule, Integer) and tokens > 1:
+    if isinstance(schedule, Integer):
         assert tokens <= FEW_TOKENS
         assert decoder
         assert schedule.serves(columns)
         assert strides[2] % 4 == 0
         assert not residual_bits
-        split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows * FEW_TOKENS
-        way = ring(bits, schedule.rows, schedule.warps, schedule.ahead)
+        split, slots = schedule.split, -(-rows // schedule.rows)
         step = schedule.warps * split
-        padded = -(-tiles // step) * step
         order = NATURAL
-        arguments = (
-            *(tokens, rows, tiles, strides[0], strides[2], split, bits, has_bias),
-            *(schedule.rows, schedule.warps, schedule.ahead, *way, split > 1, pdl),
-        )
-        product = _Launch(few_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
+        way = schedule.ahead, *ring(bits, schedule.rows, schedule.warps, schedule.ahead)
+        layer = rows, tiles, strides[0], strides[2], split, bits, has_bias
+        how = schedule.rows, schedule.warps, *way, split > 1, pdl
+        if tokens == 1:
+            part = schedule.rows
+            rotated += META_BYTES * tiles
+            product = _Launch(integer_kernel, (slots, split, 1), (*layer, tiles % step != 0, *how), schedule.warps, pdl)
+        else:
+            part = schedule.rows * FEW_TOKENS
+            padded = -(-tiles // step) * step
+            rotated = FEW_BYTES * padded
+            product = _Launch(few_kernel, (slots, split, 1), (tokens, *layer, *how), schedule.warps, pdl)
         parts = slots * split if split > 1 else 0
-        rotated = FEW_BYTES * padded
-    elif isinstance(schedule, Integer):
-        assert decoder
-        assert schedule.serves(columns)
-        assert strides[2] % 4 == 0
-        assert not residual_bits
-        split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows
-        way = ring(bits, schedule.rows, schedule.warps, schedule.ahead)
-        tail = tiles % (schedule.warps * split) != 0
-        order = NATURAL
-        arguments = (
-            *(rows, tiles, strides[0], strides[2], split, bits, has_bias, tail),
-            *(schedule.rows, schedule.warps, schedule.ahead, *way, split > 1, pdl),
-        )
-        product = _Launch(integer_kernel, (slots, split, 1), arguments, schedule.warps, pdl)
-        parts = slots * split if split > 1 else 0
-        rotated += META_BYTES * tiles
     elif isinstance(schedule, Slices):
         assert decoder
         split, slots, part = schedule.split, -(-rows // schedule.rows), schedule.rows * MOST_TOKENS

@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 class Ring(NamedTuple):
-    """PTX of :func:`locate`, :func:`copy` and :func:`wait`."""
+    """PTX of :func:`start_ring` and :func:`receive`."""
 
     allocation: str
     copying: str
@@ -53,31 +53,7 @@ def ring(bits: int, rows: int, warps: int, ahead: int) -> Ring:
 
 
 @triton.jit
-def locate(
-    codes, scales, code_stride, scale_stride, first, turns, tiles, first_row, rows,
-    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ALLOCATION: tl.constexpr,
-):  # fmt: skip
-    """What the functions below need to know of a program whose warp w has the tiles ``first + w``, ``first + w + WARPS``
-    and so on of ``tiles``, ``turns`` of them at most."""
-    base = tl.inline_asm_elementwise(ALLOCATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    thread = tl.arange(0, WARPS * 32)
-    tile = first + thread // 32
-    row = (thread // 4) % 8
-    scale_row = row + thread % 4 * 8
-    place = base + thread * (4 * BITS)
-    scale_place = base + WARPS * ROWS * 16 * BITS + thread // 32 * (ROWS * 4) + scale_row * 4
-    left = rows - first_row - row
-    scale_left = tl.where(thread % 4 < ROWS // 8, rows - first_row - scale_row, 0)
-    at = (
-        codes.to(tl.int64) + (first_row + row).to(tl.int64) * code_stride + (tile * 4 + thread % 4).to(tl.int64) * (4 * BITS)
-    )
-    scale_at = scales.to(tl.int64) + (first_row + scale_row).to(tl.int64) * scale_stride + tile.to(tl.int64) * 4
-    ahead = tl.minimum(tiles - tile, turns * WARPS)
-    return base, (place, scale_place, at, scale_at), (left, scale_left), ahead, tl.cast(code_stride, tl.int64) * 8
-
-
-@triton.jit
-def copy(located, step, stage, BITS: tl.constexpr, COPYING: tl.constexpr):
+def _copy(located, step, stage, BITS: tl.constexpr, COPYING: tl.constexpr):
     """Sends for the tiles ``step`` tiles on, to ``stage``, as one group. A place without a tile keeps what it has."""
     _, places, left, ahead, octet = located
     live = step < ahead
@@ -92,9 +68,52 @@ def copy(located, step, stage, BITS: tl.constexpr, COPYING: tl.constexpr):
 
 
 @triton.jit
-def wait(stage, WAITING: tl.constexpr):
-    """``stage``, once what was sent for first is there."""
-    return tl.inline_asm_elementwise(WAITING, "=r,r", [stage], dtype=tl.int32, is_pure=False, pack=1)
+def start_ring(
+    codes, scales, code_stride, scale_stride, first, turns, tiles, first_row, rows,
+    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, ALLOCATION: tl.constexpr,
+    COPYING: tl.constexpr,
+):  # fmt: skip
+    """Sends for the first ``AHEAD`` tiles of every warp; warp w has the tiles ``first + w``, ``first + w + WARPS`` and so on
+    of ``tiles``, ``turns`` of them at most. What the functions below need to know of the program."""
+    base = tl.inline_asm_elementwise(ALLOCATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    thread = tl.arange(0, WARPS * 32)
+    tile = first + thread // 32
+    row = (thread // 4) % 8
+    scale_row = row + thread % 4 * 8
+    place = base + thread * (4 * BITS)
+    scale_place = base + WARPS * ROWS * 16 * BITS + thread // 32 * (ROWS * 4) + scale_row * 4
+    left = rows - first_row - row
+    scale_left = tl.where(thread % 4 < ROWS // 8, rows - first_row - scale_row, 0)
+    at = (
+        codes.to(tl.int64) + (first_row + row).to(tl.int64) * code_stride + (tile * 4 + thread % 4).to(tl.int64) * (4 * BITS)
+    )
+    scale_at = scales.to(tl.int64) + (first_row + scale_row).to(tl.int64) * scale_stride + tile.to(tl.int64) * 4
+    ahead = tl.minimum(tiles - tile, turns * WARPS)
+    located = base, (place, scale_place, at, scale_at), (left, scale_left), ahead, tl.cast(code_stride, tl.int64) * 8
+    for i in tl.static_range(AHEAD):
+        _copy(located, i * WARPS, i * (WARPS * ROWS * (16 * BITS + 4)), BITS, COPYING)
+    return located
+
+
+@triton.jit
+def receive(
+    located, turn, stage, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    COPYING: tl.constexpr, WAITING: tl.constexpr,
+):  # fmt: skip
+    """Waits for the tile of this turn, sends for the one ``AHEAD`` turns on, and returns ``stage``, the tile's place, for
+    :func:`take_codes` and the scales."""
+    STAGE: tl.constexpr = WARPS * ROWS * (16 * BITS + 4)
+    here = tl.inline_asm_elementwise(WAITING, "=r,r", [stage], dtype=tl.int32, is_pure=False, pack=1)
+    # Into the place of the tile before, which the whole warp has read.
+    _copy(located, (turn + AHEAD) * WARPS, tl.where(stage == 0, AHEAD * STAGE, stage - STAGE), BITS, COPYING)
+    return here
+
+
+@triton.jit
+def advance(stage, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr):
+    """The place of the next turn's tile. The first one's is 0."""
+    STAGE: tl.constexpr = WARPS * ROWS * (16 * BITS + 4)
+    return tl.where(stage == AHEAD * STAGE, 0, stage + STAGE)
 
 
 @triton.jit
@@ -104,7 +123,7 @@ def _word(address):
 
 @triton.jit
 def take_codes(located, stage, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """:func:`decode.load_words` from ``stage``, which is from :func:`wait`."""
+    """:func:`decode.load_words` from ``stage``, which is from :func:`receive`."""
     OCTETS: tl.constexpr = ROWS // 8
     THREADS: tl.constexpr = WARPS * 32
     base = located[0] + stage
