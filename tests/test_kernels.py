@@ -318,7 +318,7 @@ INTEGERS = [Integer(16, 2, 1, 2), Integer(16, 4, 1, 2), Integer(32, 2, 2, 2), In
     ("n", "k", "group_size"), [(67, 1024, 128), (33, 896, 64), (40, 384, 32), (16, 128, 128), (65, 100, 64)]
 )
 def test_integers(n, k, group_size, bits, chosen, assembly_on_cpu):
-    """Whole turns, a missing turn, missing parts of a tile and of a scale."""
+    """Whole turns, a missing turn, columns missing in the last tile and in its scales."""
     check(*inputs(1, n, k), n, k, bits, 0, group_size, seed=5, function=scheduled(chosen))
 
 
@@ -358,7 +358,7 @@ def test_scales_of_a_word():
     [(67, 1024, 128, 4), (33, 896, 64, 2), (40, 384, 32, 3), (16, 128, 128, 3), (65, 100, 64, 4)],
 )
 def test_integers_for_few_tokens(n, k, group_size, m, bits, chosen, assembly_on_cpu):
-    """Whole turns, a missing turn, missing parts of a tile and of a scale; scales that are words and others."""
+    """Whole turns, a missing turn, columns missing in the last tile and in its scales."""
     check(*inputs(m, n, k), n, k, bits, 0, group_size, seed=5, function=scheduled(chosen))
 
 
@@ -424,6 +424,32 @@ def test_a_ring_copies_the_planes_once_and_nothing_else(m, bits, assembly_on_cpu
             assert not times[:4096].any()
             assert not times[-4096:].any()
             times[:] = 0
+
+
+@needs_interpreter
+@pytest.mark.parametrize("apart", [20, 21])
+def test_scales_that_are_no_words_apart_go_through_no_ring(apart, assembly_on_cpu, monkeypatch):
+    """A ring copies the four scales of a row and tile at once."""
+    monkeypatch.setattr(schedule, "_INTEGER_WEIGHTS", 0)
+    n, k = 37, 640
+    packed, exact = layer(n, k, 4, 0)
+    scales = torch.zeros(n, apart, dtype=torch.uint8)[:, : k // 32]
+    scales.copy_(packed.scales)
+    x, _ = inputs(3, n, k, bias=False)
+    chosen = []
+
+    def recording(*args):
+        chosen.append(choose.__wrapped__(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(kernels, "choose", recording)
+    kernels._plan.cache_clear()
+    try:
+        got = kernels.linear(x, packed._replace(scales=scales), None, k, bits=4, residual_bits=0, group_size=128, seed=0)
+    finally:
+        kernels._plan.cache_clear()
+    assert [isinstance(schedule, Integer) for schedule in chosen] == [apart == 20]
+    assert (got.double() - x.double() @ exact.T).norm() <= 1e-3 * (x.double() @ exact.T).norm()
 
 
 @pytest.mark.gpu
@@ -615,7 +641,7 @@ def test_rotating_on_a_gpu(dtype, chosen, bits, residual_bits):
         *(Slices(16, 4, 1, 1), Slices(32, 4, 2, 1), Slices(16, 2, 1, 2), Slices(32, 4, 1, 2), Slices(16, 8, 1, 2)),
     ],
 )
-@pytest.mark.parametrize("m", [1, 7, 8])
+@pytest.mark.parametrize("m", [1, 2, 7, 8])
 def test_slices_on_a_gpu(m, chosen, bits, residual_bits):
     for n, k in ((67, 2048), (33, 896), (40, 288), (16, 32)):
         check(*inputs(m, n, k, torch.bfloat16), n, k, bits, residual_bits, function=scheduled(chosen))
@@ -1056,8 +1082,10 @@ def test_tuning_tries_integers_where_they_serve():
     from turboquant_weights.kernels import tune
 
     for tokens, residual_bits, serve in ((1, 0, True), (4, 0, True), (8, 0, False), (4, 1, False)):
-        kinds = map(type, tune.candidates(tokens, 8192, 8192, 4, residual_bits))
-        assert (Integer in kinds) == serve
+        integers = [one for one in tune.candidates(tokens, 8192, 8192, 4, residual_bits) if isinstance(one, Integer)]
+        assert bool(integers) == serve
+        assert all(one.fits(4) for one in integers)
+        assert not any(isinstance(one, Integer) for one in tune.candidates(tokens, 8192, 8224, 4, residual_bits))
 
 
 def test_tuning_writes_what_choosing_reads(tmp_path, monkeypatch):
